@@ -1,0 +1,39 @@
+# make quickstart   set up and run the main job: a model learns prose, then code, and does not forget
+# make test         set up and run the tests
+# make lint         what ruff says
+# make clean        remove the virtual environment and the quickstart's runs
+#
+# PYTHON=python3.12                  another interpreter for the virtual environment
+# PIP_ARGUMENTS="--extra-index-url URL"   words for pip, such as where to find a CPU-only build of torch
+
+PYTHON ?= python3
+VENV ?= .venv
+SEED ?= 1
+PIP_ARGUMENTS ?=
+BIN := $(VENV)/bin
+
+.PHONY: setup quickstart test lint clean
+
+setup: $(VENV)/.installed
+
+# Remade when the list of dependencies changes; otherwise a second `make` goes on at once.
+$(VENV)/.installed: setup.py constraints.txt
+	@"$(PYTHON)" launcher/check_machine.py
+	@echo "== virtual environment in $(VENV), dependencies at the versions of constraints.txt (a minute or two) =="
+	"$(PYTHON)" -m venv "$(VENV)"
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGUMENTS) -e ".[test]"
+	@touch "$@"
+
+quickstart: setup
+	@PATH="$(CURDIR)/$(BIN):$$PATH" SEED="$(SEED)" sh configs/quickstart/quickstart.sh
+
+test: setup
+	@echo "== tests =="
+	"$(BIN)/python" -m pytest
+
+lint: setup
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+
+clean:
+	rm -rf "$(VENV)" runs/quickstart

@@ -1,0 +1,125 @@
+"""Read a checkpoint on any mesh: each rank maps the files and copies the elements that it owns."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from cpt.checkpoint.write import FORMAT_VERSION, checksum, step_folder
+from cpt.config import Fault
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpoint:
+    """One checkpoint, opened and found whole: every file is there and has its checksum.
+
+    Raises Fault naming the first file that is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, check: bool = True) -> None:
+        self.folder = folder
+        sums = _read_json(folder / "checksums.json")
+        for name, expected in sums.items():
+            path = folder / name
+            if not path.is_file():
+                raise Fault(f"{path} is missing: the checkpoint is damaged")
+            if check and checksum(path) != expected:
+                raise Fault(f"{path} has changed since it was written: the checkpoint is damaged")
+        index = _read_json(folder / "index.json")
+        if index.get("format_version") != FORMAT_VERSION:
+            raise Fault(f"{folder}: format {index.get('format_version')}, this version of cpt reads {FORMAT_VERSION}")
+        self.state: dict[str, Any] = _read_json(folder / "state.json")
+        self._tensors: dict[str, dict[str, Any]] = index["tensors"]
+        self._open: dict[str, Any] = {}
+
+    @property
+    def kinds(self) -> list[str]:
+        """What is held for each parameter: `master`, `exp_avg`, `exp_avg_sq`, `method/NAME/KEY`."""
+        return sorted(self._tensors)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter."""
+        return {name: tuple(tensor["shape"]) for name, tensor in self._tensors["master"].items()}
+
+    def misfits(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """One line for each of these parameters that is not here, or has another shape."""
+        here = self.shapes
+        return [
+            f"{self.folder}: {name} is {list(here[name]) if name in here else 'missing'}, the model wants {list(shape)}; "
+            "give the model settings of the run that the checkpoint is from, or leave them out"
+            for name, shape in shapes.items()
+            if here.get(name) != tuple(shape)
+        ]
+
+    def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Elements `start` to `stop` of a parameter, flattened: [stop - start], on the CPU.
+
+        Raises Fault if the pieces do not cover them.
+        """
+        tensor = self._tensors[kind][name]
+        stop = math.prod(tensor["shape"]) if stop is None else stop
+        out = torch.empty(stop - start, dtype=torch.float32)
+        num_copied = 0
+        for first, last, file, key in tensor["pieces"]:
+            low, high = max(first, start), min(last, stop)
+            if low < high:
+                out[low - start : high - start] = self._file(file).get_slice(key)[low - first : high - first]
+                num_copied += high - low
+        if num_copied != stop - start:
+            raise Fault(f"{self.folder}: {kind} of {name} has {num_copied} of the {stop - start} elements asked for")
+        return out
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The fp32 masters by name, each in its own shape, all in memory."""
+        return {name: self.read("master", name).reshape(shape) for name, shape in self.shapes.items()}
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            try:
+                self._open[name] = safe_open(self.folder / name, framework="pt", device="cpu")
+            except (OSError, SafetensorError) as error:
+                raise Fault(f"{self.folder / name} cannot be read: {error}") from None
+        return self._open[name]
+
+
+def find_checkpoint(checkpoints: Path, at: str | int = "latest", check: bool = True) -> Checkpoint | None:
+    """The checkpoint that `at` names: a step, or the newest one that is whole.
+
+    A damaged one is told loudly and the one before it is taken. None if the folder holds none at all. Raises Fault if
+    that step is not there or is damaged, or if every checkpoint is.
+    """
+    folders = sorted(checkpoints.glob("step-*"), key=lambda folder: folder.name)
+    if at != "latest":
+        folder = step_folder(checkpoints, int(at))
+        if folder not in folders:
+            there = ", ".join(str(int(f.name.removeprefix("step-"))) for f in folders) or "none"
+            raise Fault(f"{checkpoints}: there is no checkpoint at step {at}; there are: {there}")
+        return Checkpoint(folder, check)
+    damage = []
+    for folder in reversed(folders):
+        try:
+            return Checkpoint(folder, check)
+        except Fault as fault:
+            damage.extend(fault.lines)
+            _log.warning("%s; trying the one before", fault)
+    if damage:
+        raise Fault([f"{checkpoints}: no checkpoint is whole", *damage])
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Fault(f"{path} is missing: this is no checkpoint, or a damaged one") from None
+    except (OSError, ValueError) as error:
+        raise Fault(f"{path} cannot be read: {error}") from None

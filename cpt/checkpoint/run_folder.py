@@ -1,0 +1,79 @@
+"""The folder of a run: made once, taken up again after any stop, refused when it is something else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from cpt.checkpoint.read import Checkpoint, find_checkpoint
+from cpt.checkpoint.write import set_latest, step_folder
+from cpt.config import Fault
+
+FINISHED = "finished.json"
+
+
+class RunFolder:
+    """Where one run keeps everything; `path` need not be there yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run said itself that it is done; no exit status can say so."""
+        return (self.path / FINISHED).is_file()
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run was ever begun here."""
+        return (self.path / "run.yaml").is_file()
+
+    def refuse_other_contents(self) -> None:
+        """Raise Fault if the folder holds something that is not a run."""
+        if self.path.exists() and not self.path.is_dir():
+            raise Fault(f"output = {self.path}: this is a file; name a folder")
+        if not self.is_run and self.path.is_dir() and any(self.path.iterdir()):
+            raise Fault(
+                f"output = {self.path}: the folder is used, but not by a run (it has no run.yaml); "
+                "name another output, or empty it"
+            )
+
+    def latest(self) -> Checkpoint | None:
+        """The newest whole checkpoint; None if none was saved."""
+        return find_checkpoint(self.checkpoints) if self.checkpoints.is_dir() else None
+
+    def make(self) -> None:
+        """Make the folder; Fault if that cannot be done."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Fault(f"output = {self.path}: the folder cannot be made: {error.strerror}") from None
+
+    def keep_newest(self, newest: Path, number: int) -> None:
+        """Let `latest` name `newest` and remove all but the newest `number` checkpoints."""
+        set_latest(self.checkpoints, newest)
+        folders = sorted(self.checkpoints.glob("step-*"), key=lambda folder: folder.name)
+        for folder in folders[:-number]:
+            shutil.rmtree(folder)
+
+    def checkpoint_at(self, step: int) -> Path:
+        """Where the checkpoint after `step` steps lies, or will lie."""
+        return step_folder(self.checkpoints, step)
+
+    def finish(self, step: int, tokens: int) -> None:
+        """Mark the run as done."""
+        self.write_json(FINISHED, {"step": step, "tokens": tokens, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+
+    def write_json(self, name: str, plain: dict[str, Any]) -> None:
+        """Write one of the folder's small files aside, then in place."""
+        aside = self.path / f".{name}.aside"
+        aside.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+        aside.replace(self.path / name)

@@ -1,0 +1,133 @@
+"""Write a checkpoint: every rank its own pieces, by name, aside; then one rename.
+
+    step-00000500/
+        index.json                  for each kind and parameter: shape, and which file holds which elements
+        pieces-00000.safetensors    what rank 0 owned: "master|blocks.0.norm.weight|0" -> elements from 0 on, flattened
+        state.json                  progress, ledger, optimiser updates, numbers of the methods
+        checksums.json              XXH3-128 of every other file; written last
+
+A kind is `master`, `exp_avg`, `exp_avg_sq` or `method/NAME/KEY`. Nothing here depends on how many ranks there were.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors.torch import save_file
+
+from cpt.parallel.mesh import Mesh
+from cpt.parallel.weights import Piece
+
+FORMAT_VERSION = 1
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lies."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def write_checkpoint(
+    folder: Path,
+    pieces: Sequence[Piece],
+    tensors: Mapping[str, Sequence[torch.Tensor]],
+    state: Mapping[str, Any],
+    mesh: Mesh,
+) -> None:
+    """Write the checkpoint `folder`; every rank must call it with its own pieces.
+
+    `tensors`: for each kind one tensor a piece, in the order of `pieces`. `state`: anything JSON can hold, the same on
+    all ranks; the first rank's is written. The folder appears by one rename when everything is on the disk; a folder of
+    that name from before is replaced. Raises OSError if the disk does not take it; then nothing has appeared.
+    """
+    aside = folder.with_name(f".{folder.name}.aside")
+    if mesh.is_first:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    mesh.wait()
+    failure: OSError | None = None
+    try:
+        _write_pieces(aside, pieces, tensors, mesh)
+    except OSError as error:
+        failure = error
+    if mesh.any(failure is not None):  # the ranks that could write must not wait for one that could not
+        mesh.wait()
+        if mesh.is_first:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise failure or OSError(f"{folder}: another rank could not write its part of the checkpoint")
+    if mesh.is_first:
+        _finish(aside, folder, state)
+    mesh.wait()
+
+
+def set_latest(checkpoints: Path, folder: Path) -> None:
+    """Let `checkpoints/latest` name `folder`; before this it names the one before."""
+    aside = checkpoints / ".latest.aside"
+    aside.write_text(folder.name + "\n", encoding="utf-8")
+    _to_disk(aside)
+    aside.replace(checkpoints / "latest")
+
+
+def _write_pieces(
+    aside: Path, pieces: Sequence[Piece], tensors: Mapping[str, Sequence[torch.Tensor]], mesh: Mesh
+) -> None:
+    """This rank's file of pieces, and the part of the index that speaks of it."""
+    file = f"pieces-{mesh.rank:05d}.safetensors"
+    contents, entries = {}, []
+    for kind, of_kind in tensors.items():
+        for number, (piece, tensor) in enumerate(zip(pieces, of_kind, strict=True)):
+            # What all ranks hold is written once; taking turns spreads it over their disks.
+            if piece.is_copy and number % mesh.data_size != mesh.data_rank:
+                continue
+            key = f"{kind}|{piece.name}|{piece.start}"
+            contents[key] = tensor.detach().contiguous().cpu()
+            entries.append([kind, piece.name, list(piece.shape), piece.start, piece.stop, file, key])
+    save_file(contents, aside / file)
+    _to_disk(aside / file)
+    (aside / f"index-{mesh.rank:05d}.json").write_text(json.dumps(entries), encoding="utf-8")
+
+
+def _finish(aside: Path, folder: Path, state: Mapping[str, Any]) -> None:
+    index: dict[str, Any] = {"format_version": FORMAT_VERSION, "tensors": {}}
+    for part in sorted(aside.glob("index-*.json")):
+        for kind, name, shape, start, stop, file, key in json.loads(part.read_text(encoding="utf-8")):
+            tensor = index["tensors"].setdefault(kind, {}).setdefault(name, {"shape": shape, "pieces": []})
+            tensor["pieces"].append([start, stop, file, key])
+        part.unlink()
+    for of_kind in index["tensors"].values():
+        for tensor in of_kind.values():
+            tensor["pieces"].sort()
+    (aside / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    sums = {path.name: checksum(path) for path in sorted(aside.iterdir())}
+    (aside / "checksums.json").write_text(json.dumps(sums, indent=1), encoding="utf-8")
+    for name in ("index.json", "state.json", "checksums.json"):
+        _to_disk(aside / name)
+    if folder.exists():
+        shutil.rmtree(folder)
+    aside.replace(folder)
+    _to_disk(folder.parent)
+
+
+def checksum(path: Path) -> str:
+    """XXH3-128 of a file's bytes, in hex; reads in pieces of 4 MiB."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Return when the file or folder is on the disk and not only in memory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

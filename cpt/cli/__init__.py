@@ -1,0 +1,77 @@
+"""The command `cpt`: one file of this folder a command, found by its name.
+
+A file holds `add_arguments(parser)`, `run(arguments) -> exit status` and `EXAMPLE`; its docstring's first line is its help.
+Exit status: 0 done, 1 failed, 2 the request cannot work, 128 + N stopped by signal N after saving.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cpt import __version__
+from cpt.config import Fault, names_of_choices
+from cpt.config.faults import nearest
+from cpt.observe.logs import log_to_terminal
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command that `words` (the process's own, if None) ask for; its exit status."""
+    words = list(sys.argv[1:] if words is None else words)
+    commands = {name.replace("_", "-"): name for name in names_of_choices("cpt.cli")}
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview(commands))
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"cpt {__version__}")
+        return 0
+    if words[0] not in commands:
+        print(f"cpt: {words[0]}: there is no such command; {nearest(words[0], commands)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"cpt.cli.{commands[words[0]]}")
+    parser = argparse.ArgumentParser(
+        prog=f"cpt {words[0]}",
+        description=(module.__doc__ or "").strip(),
+        epilog=f"example:\n  {module.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    try:
+        return _told(words[0], module.run, parser.parse_args(words[1:]))
+    except SystemExit as ended:  # argparse ends with 0 after --help and with 2 after a wrong word
+        return int(ended.code or 0)
+
+
+def _told(command: str, run, arguments: argparse.Namespace) -> int:
+    """Run one command; what a user can mend is told in lines, without a traceback."""
+    log_to_terminal()
+    try:
+        return run(arguments)
+    except Fault as fault:
+        for line in fault.lines:
+            print(f"cpt {command}: {line}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `cpt ... | head` took what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"cpt {command}: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"cpt {command}: stopped", file=sys.stderr)
+        return 130
+
+
+def _overview(commands: dict[str, str]) -> str:
+    folder = Path(__file__).parent
+    lines = ["Continual pre-training: learn the new, keep the old, and prove it.", "", "usage: cpt COMMAND ...", ""]
+    for command, name in commands.items():
+        text = ast.get_docstring(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))) or ""
+        lines.append(f"  {command:<14}{text.splitlines()[0] if text else ''}")
+    return "\n".join([*lines, "", "cpt COMMAND --help tells more, with an example."])

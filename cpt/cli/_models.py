@@ -1,0 +1,106 @@
+"""A trained model by its place: a run folder, one checkpoint of it, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from cpt.checkpoint import Checkpoint, RunFolder
+from cpt.config import Fault, build, name_of_choice, read_settings
+from cpt.config.choices import settings_of_choice
+from cpt.data.corpus import Corpus
+from cpt.huggingface.load import read_folder
+from cpt_kernels import switch
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """Settings and fp32 weights of a model, each weight read when asked for; `run` is None for a Hugging Face folder.
+
+    `run_settings`: what `run.yaml` says, as plain mappings.
+    """
+
+    settings: Any
+    weights: Mapping[str, torch.Tensor]
+    tokenizer: Path | None
+    run: Path | None
+    run_settings: dict[str, Any]
+    checkpoint: Checkpoint | None
+
+    @property
+    def name(self) -> str:
+        """Which of our models it is."""
+        return name_of_choice(self.settings)
+
+    def built(self) -> nn.Module:
+        """The model with its weights, fp32, in evaluation mode, on the first GPU or the CPU."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = build(self.settings, "Model", switch.choose(switch.Settings(), device))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(self.weights[name].float())
+        return model.to(device).eval()
+
+    def held_out(self) -> dict[str, Path]:
+        """The held-out corpora that its run names; those whose files are gone are left out."""
+        named = self.run_settings.get("evaluation", {}).get("held_out", {})
+        return {name: Path(path) for name, path in named.items() if Path(path).exists()}
+
+    def windows_of_held_out(self, num_windows: int = 8) -> torch.Tensor | None:
+        """The first windows of the first held-out corpus, [num_windows, S + 1]; None if there is none."""
+        for path in self.held_out().values():
+            corpus, length = Corpus.open(path), self.run_settings["sequence_length"]
+            number = min(num_windows, corpus.num_windows(length))
+            ids = torch.arange(number).numpy()
+            return torch.from_numpy(corpus.windows(ids, length)) if number else None
+        return None
+
+
+def open_model(path: Path) -> TrainedModel:
+    """The model at `path`. Raises Fault if there is none, or if it is damaged."""
+    if (path / "config.json").is_file():
+        _, settings, weights = read_folder(path)
+        return TrainedModel(settings, weights, path, None, {}, None)
+    if (path / "checksums.json").is_file():
+        return _of_run(path.resolve().parents[1], Checkpoint(path))
+    if (path / "run.yaml").is_file():
+        checkpoint = RunFolder(path).latest()
+        if checkpoint is None:
+            raise Fault(f"{path}: the run has saved no checkpoint yet")
+        return _of_run(path, checkpoint)
+    raise Fault(
+        f"{path}: no model is here; name a run folder (with run.yaml), a checkpoint (.../checkpoints/step-...), or a "
+        "Hugging Face folder (with config.json)"
+    )
+
+
+def _of_run(run: Path, checkpoint: Checkpoint) -> TrainedModel:
+    plain = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
+    model = dict(plain["model"])
+    settings = read_settings(settings_of_choice("cpt.models", model.pop("name")), model, "model")
+    tokenizer = run / "tokenizer"
+    return TrainedModel(
+        settings, _Masters(checkpoint), tokenizer if tokenizer.is_dir() else None, run, plain, checkpoint
+    )
+
+
+class _Masters(Mapping[str, torch.Tensor]):
+    """The fp32 masters of a checkpoint by name."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._checkpoint.read("master", name).reshape(self._checkpoint.shapes[name])
+
+    def __iter__(self):
+        return iter(self._checkpoint.shapes)
+
+    def __len__(self) -> int:
+        return len(self._checkpoint.shapes)

@@ -1,0 +1,208 @@
+"""Text to corpora: train a tokenizer, build a corpus, look into it, verify it.
+
+Text comes as .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow or .txt files, as folders and globs of them, or as jsonl
+on standard input (named -).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from cpt.data.prepare.build import BuildReport, build_corpus
+from cpt.data.prepare.inspect import Inspection, inspect_corpus
+from cpt.data.prepare.train_tokenizer import TRAINERS, train_tokenizer
+from cpt.data.prepare.verify import verify_corpus
+
+EXAMPLE = "cpt data build articles/*.jsonl.gz --tokenizer tokenizer/ --output data/articles --workers 8 --holdout 1%"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the four subcommands."""
+    commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    _add_tokenizer(commands)
+    _add_build(commands)
+    _add_inspect(commands)
+    _add_verify(commands)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the chosen subcommand; its exit status."""
+    return arguments.data_run(arguments)
+
+
+def _add_command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    help_line: str,
+    example: str,
+    function: Callable[[argparse.Namespace], int],
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=help_line,
+        description=f"{help_line[0].upper()}{help_line[1:]}.",
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(data_run=function)
+    return parser
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders, globs, or - for jsonl on stdin")
+    parser.add_argument("--text-key", default="text", metavar="K", help="key or column of the text (default: text)")
+    parser.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what to do about a faulty line or file: stop, or skip and count it (default: stop)",
+    )
+
+
+def _add_tokenizer(commands: argparse._SubParsersAction) -> None:
+    example = "cpt data tokenizer prose.jsonl code.jsonl --output tokenizer/ --vocab-size 8192"
+    parser = _add_command(commands, "tokenizer", "train a tokenizer from text", example, _train)
+    _add_inputs(parser)
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write, new or empty")
+    parser.add_argument("--vocab-size", required=True, type=int, metavar="N", help="number of entries")
+    parser.add_argument("--kind", choices=tuple(TRAINERS), default="sentencepiece", help="(default: sentencepiece)")
+    parser.add_argument("--seed", type=int, default=0, help="draws the sample, if the text is long (default: 0)")
+
+
+def _add_build(commands: argparse._SubParsersAction) -> None:
+    parser = _add_command(commands, "build", "build a corpus of token shards from text", EXAMPLE, _build)
+    _add_inputs(parser)
+    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="folder, tokenizer.json or tokenizer.model")
+    parser.add_argument("--output", required=True, metavar="CORPUS", help="folder to write, new or empty")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenize (default: 1)")
+    parser.add_argument(
+        "--holdout",
+        type=_share,
+        default=0.0,
+        metavar="SHARE",
+        help="share of documents, such as 5%% or 0.05, that goes to CORPUS-held-out; chosen by their text alone",
+    )
+    parser.add_argument("--no-append-eos", action="store_true", help="put no end-of-document token after documents")
+    parser.add_argument("--prepend-bos", action="store_true", help="put a beginning-of-document token before documents")
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    parser = _add_command(
+        commands, "inspect", "show counts and sample texts of a corpus", "cpt data inspect data/articles", _inspect
+    )
+    parser.add_argument("corpus", metavar="CORPUS|PREFIX", help="a corpus, or PREFIX of PREFIX.bin and PREFIX.idx")
+
+
+def _add_verify(commands: argparse._SubParsersAction) -> None:
+    parser = _add_command(
+        commands,
+        "verify",
+        "look for damage in a corpus; the exit status is 1 if there is any",
+        "cpt data verify data/articles",
+        _verify,
+    )
+    parser.add_argument("corpus", metavar="CORPUS|PREFIX", help="a corpus, or PREFIX of PREFIX.bin and PREFIX.idx")
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share of documents; write 5% or 0.05")
+    return share
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    report = train_tokenizer(
+        arguments.inputs,
+        arguments.output,
+        arguments.vocab_size,
+        arguments.kind,
+        seed=arguments.seed,
+        text_key=arguments.text_key,
+        on_error=arguments.on_error,
+    )
+    learned_from = f"{report.num_documents:,} documents, {_size(report.num_bytes)} of text"
+    if report.sampled_bytes < report.num_bytes:
+        learned_from = f"a sample of {_size(report.sampled_bytes)} of {learned_from}"
+    print(f"trained {report.path}: {report.kind}, {report.vocabulary_size:,} entries, from {learned_from}")
+    return 0
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    report = build_corpus(
+        arguments.inputs,
+        arguments.tokenizer,
+        arguments.output,
+        text_key=arguments.text_key,
+        workers=arguments.workers,
+        append_eos=not arguments.no_append_eos,
+        prepend_bos=arguments.prepend_bos,
+        holdout=arguments.holdout,
+        on_error=arguments.on_error,
+        progress=True,
+    )
+    for built in filter(None, (report, report.held_out)):
+        print(f"built {_summary(built)}")
+    for cause, count in sorted(report.skipped.items()):
+        print(f"skipped {count:,}: {cause}")
+    return 0
+
+
+def _summary(report: BuildReport) -> str:
+    return (
+        f"{report.path}: {report.num_documents:,} documents, {report.num_tokens:,} tokens, "
+        f"{_size(report.num_bytes)} of text, {report.num_bytes / report.num_tokens:.2f} bytes a token"
+    )
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    print("\n".join(_described(inspect_corpus(arguments.corpus))))
+    return 0
+
+
+def _described(inspection: Inspection) -> list[str]:
+    shards = f"{inspection.num_shards} {'shard' if inspection.num_shards == 1 else 'shards'} of {inspection.dtype}"
+    counts = f"{inspection.num_documents:,} documents, {inspection.num_tokens:,} tokens in {shards}"
+    lines = [f"{inspection.name}: {counts}"]
+    if inspection.num_bytes is not None:
+        per_token = f", {inspection.bytes_per_token:.2f} bytes a token" if inspection.num_tokens else ""
+        lines.append(f"text: {_size(inspection.num_bytes)}{per_token}")
+    percentiles = ", ".join(f"{percent} % {length:,}" for percent, length in inspection.length_percentiles.items())
+    lines.append(f"tokens a document, by percentile: {percentiles}")
+    rates = {"unknown tokens": inspection.unknown_rate, "ends of documents": inspection.end_rate}
+    known_rates = [f"{name} {rate:.4%}" for name, rate in rates.items() if rate is not None]
+    if known_rates:
+        lines.append(f"of {inspection.sampled_tokens:,} tokens looked at: {', '.join(known_rates)}")
+    if inspection.vocabulary_size is None:
+        lines.append("no manifest: the tokenizer is not known, so no sample texts")
+    for sample in inspection.samples:
+        ending = "[end of document]" if sample.has_end else "[no end of document]"
+        lines += [
+            "",
+            f"--- document {sample.document:,}, {sample.num_tokens:,} tokens ---",
+            sample.text + (ending if sample.is_whole else f" ... {ending}"),
+        ]
+    return lines
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    damage = verify_corpus(arguments.corpus)
+    for line in damage:
+        print(line)
+    found = f"{len(damage)} {'fault' if len(damage) == 1 else 'faults'} found" if damage else "no damage found"
+    print(f"{arguments.corpus}: {found}")
+    return 1 if damage else 0
+
+
+def _size(num_bytes: int) -> str:
+    """A number of bytes for the eye, in decimal units."""
+    size = float(num_bytes)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"

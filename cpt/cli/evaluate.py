@@ -1,0 +1,58 @@
+"""Score a run, a checkpoint or a Hugging Face folder on corpora: loss, perplexity, bits per byte."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from cpt.cli._models import open_model
+from cpt.config import Fault
+from cpt.data.check import open_corpora
+from cpt.evaluation.held_out import HeldOut
+from cpt.parallel.mesh import Mesh
+
+EXAMPLE = "cpt evaluate runs/quickstart/replay --corpora runs/quickstart/data/prose-held-out"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The words of `cpt evaluate`."""
+    parser.add_argument("model", type=Path, metavar="RUN|CHECKPOINT|HF_DIR")
+    parser.add_argument("--corpora", type=Path, nargs="+", metavar="CORPUS", help="default: the run's held-out ones")
+    parser.add_argument("--windows", type=int, default=0, metavar="N", help="windows of each corpus; default: all")
+    parser.add_argument("--sequence-length", type=int, metavar="S", help="default: the run's, or 2048 at most")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print one line a corpus."""
+    trained = open_model(arguments.model)
+    paths = {path.name: path for path in arguments.corpora or []} or trained.held_out()
+    if not paths:
+        raise Fault("--corpora is not given, and the run names no held-out ones; name at least one corpus")
+    length = arguments.sequence_length or trained.run_settings.get("sequence_length")
+    length = length or min(2048, trained.settings.longest_sequence)
+    open_corpora({f"--corpora {path}": path for path in paths.values()}, trained.settings.vocabulary)
+    model = trained.built()
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def score(tokens: torch.Tensor) -> torch.Tensor:
+        tokens = tokens.to(device)
+        return model(tokens[:, :-1], tokens[:, 1:]).sum(dim=1, dtype=torch.float64).cpu()
+
+    table = {}
+    for name, path in paths.items():
+        found = HeldOut(path, length, arguments.windows).score(score, Mesh(0, 1, 0, torch.device("cpu")), 16)
+        table[name] = {"loss": found.loss, "bits_per_byte": found.bits_per_byte, "tokens": found.num_tokens}
+    if arguments.json:
+        print(json.dumps({"model": str(arguments.model), "sequence_length": length, "scores": table}, indent=1))
+        return 0
+    print(f"{'corpus':<28} {'loss':>9} {'perplexity':>11} {'bits/byte':>10} {'tokens':>12}")
+    for name, row in table.items():
+        bits = f"{row['bits_per_byte']:.4f}" if row["bits_per_byte"] is not None else "unknown"
+        print(f"{name:<28} {row['loss']:>9.4f} {math.exp(row['loss']):>11.2f} {bits:>10} {row['tokens']:>12,}")
+    return 0

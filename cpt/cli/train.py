@@ -1,0 +1,53 @@
+"""Train a run from its settings, or go on where it stopped; one process, or as many as a launcher starts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+import torch
+
+from cpt.config import Fault
+from cpt.observe.logs import log_to_terminal
+from cpt.parallel.mesh import open_mesh
+from cpt.run import read_run
+from cpt.train import TrainingError, train
+from cpt_launcher.rendezvous import find_rendezvous, pick_free_port
+
+EXAMPLE = "cpt train configs/quickstart/base.yaml seed=2 output=runs/seed2"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The words of `cpt train`."""
+    parser.add_argument("settings", nargs="+", metavar="CONFIG|key=value", help="YAML files, then key=value words")
+    # DeepSpeed's launcher adds this word to every script it starts.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train; every rank of a launcher comes here."""
+    place = find_rendezvous(os.environ, arguments.local_rank, pick_free_port)
+    log_to_terminal(place.rank)
+    try:
+        settings = read_run(arguments.settings)
+        num_devices = torch.cuda.device_count()
+        with open_mesh(
+            settings.mesh,
+            rank=place.rank,
+            size=place.world_size,
+            local_rank=place.device_index(num_devices) if num_devices else place.local_rank,
+            local_size=place.local_world_size,
+            address=place.master_address,
+            port=place.master_port,
+        ) as mesh:
+            outcome = train(settings, mesh)
+    except TrainingError as error:
+        print(f"cpt train: {error}", file=sys.stderr)
+        return 1
+    except Fault as fault:
+        # All ranks find the same faults; one of them tells.
+        if place.rank == 0 or "rank" in str(fault):
+            raise
+        return 2
+    return 128 + outcome.signal if outcome.signal else 0

@@ -1,0 +1,301 @@
+"""From YAML files and key=value words to a frozen dataclass; every fault is found before any is told.
+
+    files --yaml--> mapping --merge left to right--> mapping --key=value--> mapping --types--> settings
+
+Types understood: int (also `300M`, `1.5B`, `64K`), float (also `3e-4`, which YAML calls a string), bool, str, Path,
+Fraction (a share: `0.25` or `25%`), Literal, Optional, tuple, dict, nested dataclasses, and folders of choices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cpt.config.choices import name_of_choice, settings_of_choice
+from cpt.config.faults import Fault, nearest
+
+_MULTIPLES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def read_mapping(words: Sequence[str]) -> dict[str, Any]:
+    """One mapping from command-line words: YAML files merged left to right, then `key=value` and `a.b=value`.
+
+    Raises Fault with all of: a file that is missing or is not YAML, a word that is neither file nor key=value.
+    """
+    faults: list[str] = []
+    merged: dict[str, Any] = {}
+    for word in words:
+        is_assignment = "=" in word and not Path(word).is_file()
+        try:
+            part = _read_assignment(word) if is_assignment else _read_file(Path(word))
+            _merge(merged, part)
+        except Fault as fault:
+            faults.extend(fault.lines)
+    if faults:
+        raise Fault(faults)
+    return merged
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Fault(f"{path}: there is no such file; name a YAML file of settings, then key=value words") from None
+    except IsADirectoryError:
+        raise Fault(f"{path} is a folder; name a YAML file of settings, such as {path}/run.yaml") from None
+    except OSError as error:
+        raise Fault(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise Fault(f"{path} is not UTF-8 text: byte {error.start}; save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        raise Fault(f"{path}{place}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise Fault(f"{path}: settings are 'key: value' lines, this file holds a {type(loaded).__name__}")
+    return loaded
+
+
+def _read_assignment(word: str) -> dict[str, Any]:
+    key, _, text = word.partition("=")
+    if not key or not all(key.split(".")):
+        raise Fault(f"{word}: write it as key=value, such as seed=2 or batch.windows=64")
+    try:
+        value: Any = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        raise Fault(f"{word}: the value is not YAML; quote it, such as {key}='text'") from None
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+def _merge(into: dict[str, Any], part: Mapping[str, Any]) -> None:
+    """Later wins; mappings are merged by key; `list.0.key` reaches into a list that is already there."""
+    for key, value in part.items():
+        old = into.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            if "name" in value and value["name"] != old.get("name") and "name" in old:
+                into[key] = dict(value)  # another choice has other settings: nothing of the old one is kept
+            else:
+                _merge(old, value)
+        elif isinstance(value, dict) and isinstance(old, list) and all(str(k).isdigit() for k in value):
+            for index, item in ((int(k), v) for k, v in value.items()):
+                if index >= len(old):
+                    raise Fault(f"{key}.{index}: the list has {len(old)} entries, counted from 0")
+                if isinstance(item, dict) and isinstance(old[index], dict):
+                    _merge(old[index], item)
+                else:
+                    old[index] = item
+        else:
+            into[key] = value
+
+
+def read_settings(kind: type, mapping: Mapping[str, Any], where: str = "") -> Any:
+    """A `kind` filled from `mapping`, fields left out at their defaults.
+
+    Asks every dataclass it makes for its own contradictions through `faults() -> list[str]`, where it has one.
+    Raises Fault with every mistake at once: unknown names with near ones, wrong types, missing and contradictory values.
+    """
+    faults: list[str] = []
+    settings = _dataclass(kind, mapping, where, faults)
+    if faults:
+        raise Fault(faults)
+    return settings
+
+
+class _Wrong:
+    """Stands where a value could not be read; its fault is on the list already."""
+
+
+_WRONG = _Wrong()
+
+
+def _dataclass(kind: type, mapping: Any, where: str, faults: list[str]) -> Any:
+    if not isinstance(mapping, Mapping):
+        faults.append(f"{where or 'settings'} = {mapping!r}: expected 'key: value' lines, got {_kind_of(mapping)}")
+        return _WRONG
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
+    values: dict[str, Any] = {}
+    for key in mapping:
+        if str(key) not in fields:
+            faults.append(f"{_join(where, key)}: there is no such setting; {nearest(str(key), fields)}")
+    for name, field in fields.items():
+        place = _join(where, name)
+        if name in mapping:
+            folder = field.metadata.get("folder")
+            values[name] = (
+                _choice(folder, hints[name], mapping[name], place, faults)
+                if folder
+                else _value(hints[name], mapping[name], place, faults)
+            )
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            faults.append(f"{place} is not set; it has no default")
+            values[name] = _WRONG
+    if any(value is _WRONG for value in values.values()):
+        return _WRONG
+    settings = kind(**values)
+    if hasattr(settings, "faults"):
+        faults.extend(_join(where, line) for line in settings.faults())
+    return settings
+
+
+def _choice(folder: str, hint: Any, value: Any, where: str, faults: list[str]) -> Any:
+    """Settings of one file of a folder of choices, or a tuple of such, as the field's type says."""
+    if value is None and type(None) in typing.get_args(hint):
+        return None
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            faults.append(f"{where} = {value!r}: expected a list of choices, each with a name")
+            return _WRONG
+        items = tuple(_choice(folder, Any, v, f"{where}.{i}", faults) for i, v in enumerate(value))
+        return _WRONG if any(item is _WRONG for item in items) else items
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping) or "name" not in value:
+        faults.append(f"{where}: say which one by its name, such as {{name: ...}}; got {value!r}")
+        return _WRONG
+    try:
+        kind = settings_of_choice(folder, str(value["name"]))
+    except Fault as fault:
+        faults.extend(_join(where, line) for line in fault.lines)
+        return _WRONG
+    return _dataclass(kind, {k: v for k, v in value.items() if k != "name"}, where, faults)
+
+
+def _value(hint: Any, value: Any, where: str, faults: list[str]) -> Any:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in inner:
+            return None
+        return _value(next(i for i in inner if i is not type(None)), value, where, faults)
+    if dataclasses.is_dataclass(hint):
+        return _dataclass(hint, value, where, faults)
+    if origin is typing.Literal:
+        return _known(inner, value, where, faults)
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            faults.append(f"{where} = {value!r}: expected a list, got {_kind_of(value)}")
+            return _WRONG
+        items = tuple(_value(inner[0], v, f"{where}.{i}", faults) for i, v in enumerate(value))
+        return _WRONG if any(item is _WRONG for item in items) else items
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            faults.append(f"{where} = {value!r}: expected 'name: value' lines, got {_kind_of(value)}")
+            return _WRONG
+        pairs = {str(k): _value(inner[1], v, _join(where, k), faults) for k, v in value.items()}
+        return _WRONG if any(v is _WRONG for v in pairs.values()) else pairs
+    return _plain(hint, value, where, faults)
+
+
+def _known(names: Iterable[Any], value: Any, where: str, faults: list[str]) -> Any:
+    if value in names and type(value) is not bool:
+        return value
+    faults.append(f"{where} = {value!r} is not known; {nearest(str(value), [str(n) for n in names])}")
+    return _WRONG
+
+
+def _plain(hint: type, value: Any, where: str, faults: list[str]) -> Any:
+    try:
+        return _READERS[hint](value)
+    except (ValueError, TypeError, ZeroDivisionError):
+        faults.append(f"{where} = {value!r}: expected {_EXPECTED[hint]}")
+        return _WRONG
+
+
+def _read_int(value: Any) -> int:
+    if isinstance(value, str) and value and value[-1].upper() in _MULTIPLES:
+        exact = Fraction(value[:-1].replace("_", "")) * _MULTIPLES[value[-1].upper()]
+    elif isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise TypeError(value)
+    else:
+        exact = Fraction(str(value).replace("_", ""))
+    if exact.denominator != 1:
+        raise ValueError(value)
+    return int(exact)
+
+
+def _read_float(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError(value)
+    number = float(value)
+    if number != number or number in (float("inf"), float("-inf")):
+        raise ValueError(value)
+    return number
+
+
+def _read_share(value: Any) -> Fraction:
+    if isinstance(value, bool):
+        raise TypeError(value)
+    if isinstance(value, str) and value.endswith("%"):
+        return Fraction(value[:-1].strip()) / 100
+    return Fraction(str(value))
+
+
+def _read_bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(value)
+    return value
+
+
+def _read_text(value: Any) -> str:
+    if isinstance(value, (Mapping, list)) or value is None:
+        raise TypeError(value)
+    return str(value)
+
+
+def _read_path(value: Any) -> Path:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise TypeError(value)
+    return Path(value).expanduser()
+
+
+_READERS = {int: _read_int, float: _read_float, bool: _read_bool, str: _read_text, Path: _read_path,
+            Fraction: _read_share}  # fmt: skip
+_EXPECTED = {int: "a whole number, such as 2048 or 300M", float: "a number, such as 3e-4", bool: "true or false",
+             str: "text", Path: "a path", Fraction: "a share, such as 0.25 or 25%"}  # fmt: skip
+
+
+def as_mapping(settings: Any) -> Any:
+    """The other way: plain mappings, lists and numbers that `read_settings` turns into equal settings."""
+    if dataclasses.is_dataclass(settings):
+        plain = {f.name: as_mapping(getattr(settings, f.name)) for f in dataclasses.fields(settings) if f.init}
+        for field in dataclasses.fields(settings):
+            if "folder" in field.metadata and plain[field.name] is not None:
+                plain[field.name] = _with_names(getattr(settings, field.name))
+        return plain
+    if isinstance(settings, Mapping):
+        return {key: as_mapping(value) for key, value in settings.items()}
+    if isinstance(settings, (tuple, list)):
+        return [as_mapping(value) for value in settings]
+    if isinstance(settings, Path):
+        return str(settings)
+    if isinstance(settings, Fraction):
+        # Written as a decimal where that is exact: 1/4 reads worse than 0.25.
+        return float(settings) if Fraction(str(float(settings))) == settings else str(settings)
+    return settings
+
+
+def _with_names(choice: Any) -> Any:
+    if isinstance(choice, tuple):
+        return [_with_names(one) for one in choice]
+    return {"name": name_of_choice(choice), **as_mapping(choice)}
+
+
+def _join(where: str, key: Any) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _kind_of(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__

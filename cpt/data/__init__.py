@@ -1,0 +1,1 @@
+"""Text becomes a corpus, a corpus becomes windows, windows become batches."""

@@ -1,0 +1,51 @@
+"""Folders appear whole or not at all: written aside, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from cpt.config import Fault
+
+
+@contextlib.contextmanager
+def written_aside(output: str | Path) -> Iterator[Path]:
+    """Gives a new folder beside `output` to write into, and renames it to `output` when the block ends well.
+
+    When the block ends in an error or by Ctrl-C, the new folder is removed. Folders above `output` are made.
+    Raises Fault if `output` is there already and not an empty folder, before or after, or if the disk is full.
+    """
+    output = Path(output)
+    _refuse_used(output)
+    # Beside it, so that it is on the same disk and the rename is one step. The random ending keeps two builds apart.
+    aside = output.parent / f"{output.name}.partial-{secrets.token_hex(4)}"
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise Fault(f"cannot write to {output.parent}: {error.strerror}; choose another --output") from error
+    try:
+        yield aside
+        try:
+            os.rename(aside, output)
+        except OSError as error:
+            _refuse_used(output)
+            raise Fault(f"cannot rename {aside} to {output}: {error.strerror}; choose another --output") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Fault(f"the disk of {output.parent} is full; free some space or choose another --output") from error
+        raise
+    finally:
+        # After the rename there is nothing left to remove.
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _refuse_used(output: Path) -> None:
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists() or output.is_symlink():
+        raise Fault(f"{output} is there already; choose another --output or remove it")

@@ -1,0 +1,223 @@
+"""One optimiser step on DeepSpeed: step(batch) -> StepResult; score(tokens); save; load.
+
+    windows of this rank --micro-batches--> forward, after_forward, backward --DeepSpeed sums gradients-->
+        before_update, AdamW on the sharded fp32 masters, after_update --refresh--> weights of the next step
+
+Letters: B windows, S sequence length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cpt.checkpoint import Checkpoint, write_checkpoint
+from cpt.config import Fault
+from cpt.engine.settings import Settings, deepspeed_settings
+from cpt.methods import Forward, Seams
+from cpt.parallel.mesh import Mesh
+from cpt.parallel.weights import MOMENTS, Masters
+from cpt.progress import Progress
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did, the same on every rank.
+
+    Losses are nats a token, exact means over the step's tokens of all ranks. `skipped`: the update was not made because
+    a gradient was not finite. `stop_asked`: some rank was asked to stop.
+    """
+
+    loss: float
+    loss_by_source: dict[int, float]
+    grad_norm: float
+    skipped: bool
+    stop_asked: bool
+
+
+class Engine:
+    """A model under DeepSpeed with the methods hooked into its step.
+
+    `model` maps (tokens [B, S], targets [B, S]) to token losses [B, S] in fp32. `make_optimizer(groups)` makes torch's
+    AdamW for two parameter groups, with and without weight decay as `decays(name)` says. Call `fill` or `load` next:
+    the weights in `model` do not count, because DeepSpeed would round them to bf16 before it makes its fp32 masters.
+    Every call is collective: all ranks make it together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        mesh: Mesh,
+        methods: Sequence[Seams],
+        make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        decays: Callable[[str], bool],
+    ) -> None:
+        import deepspeed
+
+        faults = settings.batch.faults_on(mesh.data_size)
+        if faults:
+            raise Fault(faults)
+        self._settings, self._mesh, self._methods = settings, mesh, tuple(methods)
+        named = list(model.named_parameters())
+        groups = [
+            {"params": [p for n, p in named if decays(n)], "weight_decay": settings.optimizer.weight_decay},
+            {"params": [p for n, p in named if not decays(n)], "weight_decay": 0.0},
+        ]
+        self._model = model
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=make_optimizer([g for g in groups if g["params"]]),
+            config=deepspeed_settings(settings, mesh.data_size),
+        )
+        self.masters = Masters(self._engine, model, settings.zero)
+        self._progress = Progress()
+        self._clipped_norm = 0.0
+        # DeepSpeed's engines all end a step in one call of this bound method, at every ZeRO stage.
+        self._update = self._engine.optimizer.step
+        self._engine.optimizer.step = self._update_between_seams
+
+    def fill(self, read: Callable[[str, int, int], torch.Tensor]) -> None:
+        """Start from weights alone: masters and model equal `read(name, start, stop)`, moments and step count zero."""
+        self.masters.fill(read)
+        for moment in MOMENTS:
+            self.masters.fill(lambda name, start, stop: torch.zeros(stop - start), moment)
+        self.masters.num_updates = 0
+        self.masters.refresh()
+
+    def step(
+        self,
+        tokens: torch.Tensor,
+        sources: torch.Tensor,
+        num_sources: int,
+        rate: float,
+        progress: Progress,
+        stop_asked: bool = False,
+    ) -> StepResult:
+        """Train once on this rank's windows `tokens` [B, S + 1], whose sources are numbered in `sources` [B].
+
+        `rate`: learning rate of the update. `progress`: the place before the step.
+        """
+        self._progress = progress
+        for method in self._methods:
+            method.before_batch(progress)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        size = self._settings.batch.micro_batch_on(self._mesh.data_size)
+        # Per source: loss summed, tokens counted; and one place more for "stop".
+        sums = torch.zeros(2, num_sources + 1, dtype=torch.float64)
+        for first in range(0, len(tokens), size):
+            micro_batch = tokens[first : first + size].to(self._mesh.device, non_blocking=True)
+            losses = self._engine(micro_batch[:, :-1], micro_batch[:, 1:])  # [B, S]
+            loss = losses.mean()
+            for method in self._methods:
+                extra = method.after_forward(Forward(progress, micro_batch, losses))
+                loss = loss if extra is None else loss + extra
+            self._engine.backward(loss)
+            self._engine.step()
+            by_window = losses.detach().sum(dim=1, dtype=torch.float64).cpu()  # [B]
+            sums[0].index_add_(0, sources[first : first + size], by_window)
+            sums[1].index_add_(0, sources[first : first + size], torch.full_like(by_window, losses.shape[1]))
+        sums[0, -1] = float(stop_asked)
+        sums = self._mesh.sum(sums.to(self._mesh.device)).cpu()
+        return StepResult(
+            loss=float(sums[0, :-1].sum() / sums[1, :-1].sum()),
+            loss_by_source={i: float(sums[0, i] / sums[1, i]) for i in range(num_sources) if sums[1, i] > 0},
+            grad_norm=self._gradient_norm(),
+            skipped=not self._engine.was_step_applied(),
+            stop_asked=bool(sums[0, -1] > 0),
+        )
+
+    @torch.no_grad()
+    def score(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Loss of each window of `tokens` [B, S + 1] on this rank, summed over its S targets: [B] float64, on the CPU."""
+        self._engine.eval()
+        tokens = tokens.to(self._mesh.device)
+        losses = self._engine(tokens[:, :-1], tokens[:, 1:])  # [B, S]
+        self._engine.train()
+        return losses.sum(dim=1, dtype=torch.float64).cpu()
+
+    def end_stage(self, progress: Progress) -> None:
+        """Tell the methods that a stage has ended."""
+        changed = [method.end_stage(self.masters, progress) for method in self._methods]
+        if any(changed):
+            self.masters.refresh()
+
+    def report(self) -> dict[str, float]:
+        """What the methods have to tell about the last step, for `metrics.jsonl`."""
+        return {key: value for method in self._methods for key, value in method.report().items()}
+
+    def save(self, folder: Path, state: dict[str, Any]) -> None:
+        """Write masters, moments and method state by name, with `state` beside them, into the new folder `folder`."""
+        pieces = self.masters.pieces
+        tensors = {"master": [p.values for p in pieces]}
+        tensors.update({moment: [p.moments[moment] for p in pieces] for moment in MOMENTS})
+        numbers: dict[str, Any] = {}
+        for method in self._methods:
+            for key, value in method.state_dict().items():
+                into = tensors if isinstance(value, list) else numbers
+                into[f"method/{method.name}/{key}"] = value
+        whole = {**state, "optimizer_updates": self.masters.num_updates, "methods": numbers}
+        write_checkpoint(folder, pieces, tensors, whole, self._mesh)
+
+    def load(self, checkpoint: Checkpoint, *, with_optimizer: bool, with_methods: bool) -> None:
+        """Take weights from a checkpoint of any mesh; moments and method state too where asked."""
+        faults = checkpoint.misfits({p.name: p.shape for p in self.masters.pieces})
+        if faults:
+            raise Fault(faults)
+        self.fill(lambda name, start, stop: checkpoint.read("master", name, start, stop))
+        if with_optimizer:
+            for moment in MOMENTS:
+                self.masters.fill(lambda n, a, b, moment=moment: checkpoint.read(moment, n, a, b), moment)
+            self.masters.num_updates = checkpoint.state["optimizer_updates"]
+        if with_methods:
+            for method in self._methods:
+                self._load_method(method, checkpoint)
+
+    def _load_method(self, method: Seams, checkpoint: Checkpoint) -> None:
+        prefix = f"method/{method.name}/"
+        state: dict[str, Any] = {
+            key.removeprefix(prefix): value
+            for key, value in checkpoint.state["methods"].items()
+            if key.startswith(prefix)
+        }
+        for kind in checkpoint.kinds:
+            if kind.startswith(prefix):
+                state[kind.removeprefix(prefix)] = [
+                    checkpoint.read(kind, p.name, p.start, p.stop).to(p.values.device) for p in self.masters.pieces
+                ]
+        if state:
+            method.load_state_dict(state)
+
+    def _update_between_seams(self, *arguments: Any, **named: Any) -> None:
+        for method in self._methods:
+            method.before_update(self.masters, self._progress)
+        if self._settings.zero == 0 and not self._clip_whole_gradients():
+            return
+        self._update(*arguments, **named)
+        if getattr(self._engine.optimizer, "overflow", False):
+            return
+        changed = [method.after_update(self.masters, self._progress) for method in self._methods]
+        if any(changed):
+            self.masters.refresh()
+
+    def _clip_whole_gradients(self) -> bool:
+        """Clip as DeepSpeed does at the other stages; False, and the update is left out, if the norm is not finite."""
+        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._clipped_norm = float(norm)
+        self._engine.optimizer.overflow = not math.isfinite(self._clipped_norm)
+        if self._settings.optimizer.clip and not self._engine.optimizer.overflow:
+            scale = self._settings.optimizer.clip / (norm + 1e-6)
+            if scale < 1:
+                torch._foreach_mul_(gradients, scale)
+        return not self._engine.optimizer.overflow
+
+    def _gradient_norm(self) -> float:
+        return self._clipped_norm if self._settings.zero == 0 else float(self._engine.get_global_grad_norm())

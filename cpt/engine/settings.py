@@ -1,0 +1,136 @@
+"""How one optimiser step is made: batch, precision, optimiser, ZeRO, and DeepSpeed's own settings passed through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`windows` a step over all ranks together; `micro_batch` windows at once on one rank (None: as many as there are)."""
+
+    windows: int = 64
+    micro_batch: int | None = None
+
+    def faults(self) -> list[str]:
+        """Counts below one."""
+        named = {"windows": self.windows, "micro_batch": self.micro_batch}
+        return [f"{name} = {value}: at least 1" for name, value in named.items() if value is not None and value < 1]
+
+    def windows_a_rank(self, num_ranks: int) -> int:
+        """Windows of a step on each of `num_ranks`."""
+        return self.windows // num_ranks
+
+    def micro_batch_on(self, num_ranks: int) -> int:
+        """Windows of one forward pass on one of `num_ranks`."""
+        return self.micro_batch or self.windows_a_rank(num_ranks)
+
+    def faults_on(self, num_ranks: int) -> list[str]:
+        """Why a step cannot be cut evenly over `num_ranks`, with values that would do."""
+        if self.windows % num_ranks:
+            down = max(num_ranks, self.windows // num_ranks * num_ranks)
+            return [
+                f"batch.windows = {self.windows} cannot be cut over {num_ranks} ranks; "
+                f"use {down} or {self.windows // num_ranks * num_ranks + num_ranks}"
+            ]
+        here = self.windows_a_rank(num_ranks)
+        if here % self.micro_batch_on(num_ranks):
+            fitting = [n for n in range(1, here + 1) if here % n == 0]
+            return [
+                f"batch.micro_batch = {self.micro_batch} does not divide the {here} windows a rank has in a step; "
+                f"use one of {', '.join(map(str, fitting[-8:]))}"
+            ]
+        return []
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW, as the Llama and Pythia models were trained with. `clip`: largest gradient norm, 0 for none."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+    def faults(self) -> list[str]:
+        """Values outside AdamW's range."""
+        wrong = [
+            f"{name} = {getattr(self, name)}: at least 0 and below 1"
+            for name in ("beta1", "beta2")
+            if not 0 <= getattr(self, name) < 1
+        ]
+        positive = {"epsilon": self.epsilon > 0, "weight_decay": self.weight_decay >= 0, "clip": self.clip >= 0}
+        return wrong + [f"{name} = {getattr(self, name)}: too small" for name, fits in positive.items() if not fits]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`zero`: DeepSpeed's ZeRO stage. `deepspeed`: any of DeepSpeed's own settings, passed through where they are not ours."""
+
+    precision: Literal["bf16", "fp32"] = "bf16"
+    zero: Literal[0, 1, 2, 3] = 1
+    batch: Batch = field(default_factory=Batch)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+
+    def faults(self) -> list[str]:
+        """What DeepSpeed would get wrong in silence, and where its settings contradict ours."""
+        faults = []
+        if self.zero == 0 and self.precision == "bf16":
+            faults.append(
+                "zero = 0 with precision = bf16: DeepSpeed takes an optimiser step of its own before the first one and "
+                "decays the weights; use zero = 1, which costs nothing more, or precision = fp32"
+            )
+        return faults + contradictions(self.deepspeed)
+
+
+_OURS = {
+    "train_batch_size": "batch.windows",
+    "train_micro_batch_size_per_gpu": "batch.micro_batch",
+    "gradient_accumulation_steps": "batch.windows and batch.micro_batch",
+    "optimizer": "optimizer",
+    "scheduler": "stages.N.schedule",
+    "gradient_clipping": "optimizer.clip",
+    "bf16": "precision",
+    "fp16": "precision",
+    "zero_allow_untested_optimizer": "nothing: it is always on",
+}
+
+
+def contradictions(block: dict[str, Any]) -> list[str]:
+    """Settings in a `deepspeed:` block that are ours to make; both names in one line. `auto` means ours, as in HF."""
+    faults = [
+        f"deepspeed.{key}: this is set by {ours} here; take it out of the block, or write auto"
+        for key, ours in _OURS.items()
+        if key in block and block[key] != "auto"
+    ]
+    zero = block.get("zero_optimization", {})
+    if isinstance(zero, dict) and zero.get("stage", "auto") != "auto":
+        faults.append(
+            "deepspeed.zero_optimization.stage: this is set by zero here; take it out of the block, or write auto"
+        )
+    return faults
+
+
+def deepspeed_settings(settings: Settings, num_ranks: int) -> dict[str, Any]:
+    """The dictionary that `deepspeed.initialize` is given."""
+    batch, block = settings.batch, {k: v for k, v in settings.deepspeed.items() if v != "auto"}
+    zero = {k: v for k, v in block.pop("zero_optimization", {}).items() if v != "auto"}
+    micro_batch = batch.micro_batch_on(num_ranks)
+    made = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": batch.windows_a_rank(num_ranks) // micro_batch,
+        # At stage 0 DeepSpeed clips without telling the norm; there the engine clips.
+        "gradient_clipping": settings.optimizer.clip if settings.zero else 0.0,
+        "zero_optimization": {"stage": settings.zero, **zero},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        **block,
+    }
+    if settings.precision == "bf16":
+        made["bf16"] = {"enabled": True}
+        made["data_types"] = {"grad_accum_dtype": "fp32", **block.get("data_types", {})}
+    return made

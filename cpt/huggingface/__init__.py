@@ -1,0 +1,9 @@
+"""In from Hugging Face folders and out to them, with a certificate that the exported model is the trained one."""
+
+from cpt.huggingface.certificate import certify
+from cpt.huggingface.export import DTYPES
+from cpt.huggingface.load import read_folder
+from cpt.huggingface.publish import publish
+from cpt.huggingface.verify import verify
+
+__all__ = ["DTYPES", "certify", "publish", "read_folder", "verify"]

@@ -1,0 +1,120 @@
+"""What a lineage has consumed: for each source the intervals of its shuffled windows, by epoch.
+
+Because the order of windows is a pure function of (corpus, sequence length, seed, epoch), a hundred billion tokens are a
+few numbers here. A child starts with its parent's ledger; replay draws from it; `ledger.json` is it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Windows consumed of one corpus, cut at one length and shuffled with one seed.
+
+    `epochs`: for each epoch (0, 1, ...) the disjoint intervals [start, stop) of positions in that epoch's order.
+    `num_windows`: windows in one epoch. `corpus`: where it lay; `fingerprint` tells whether it is still the same.
+    """
+
+    source: str
+    corpus: str
+    fingerprint: str
+    sequence_length: int
+    seed: int
+    num_windows: int
+    epochs: tuple[tuple[tuple[int, int], ...], ...] = ()
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """Entries with equal keys speak of the same windows."""
+        return self.fingerprint, self.sequence_length, self.seed
+
+    @property
+    def num_consumed(self) -> int:
+        """Windows consumed in all epochs together."""
+        return sum(stop - start for intervals in self.epochs for start, stop in intervals)
+
+    def intervals(self) -> list[tuple[int, int, int]]:
+        """All intervals as (epoch, start, stop), in order."""
+        return [(e, start, stop) for e, intervals in enumerate(self.epochs) for start, stop in intervals]
+
+    def with_draws(self, first: int, number: int) -> Entry:
+        """This entry after draws `first` to `first + number` of its endless order (epoch after epoch) as well."""
+        epochs = [list(intervals) for intervals in self.epochs]
+        while number > 0:
+            epoch, start = divmod(first, self.num_windows)
+            stop = min(self.num_windows, start + number)
+            epochs.extend([] for _ in range(epoch + 1 - len(epochs)))
+            epochs[epoch].append((start, stop))
+            number -= stop - start
+            first += stop - start
+        return replace(self, epochs=tuple(tuple(_joined(intervals)) for intervals in epochs))
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The entries of a lineage, at most one for each key, in the order in which their sources were first consumed."""
+
+    entries: tuple[Entry, ...] = ()
+
+    def find(self, fingerprint: str, sequence_length: int) -> Entry | None:
+        """The entry of that corpus cut at that length, whatever its seed; None if nothing of it was consumed."""
+        matching = (e for e in self.entries if (e.fingerprint, e.sequence_length) == (fingerprint, sequence_length))
+        return next(matching, None)
+
+    def with_entry(self, entry: Entry) -> Ledger:
+        """This ledger with `entry` in place of the one with its key, or added."""
+        if any(old.key == entry.key for old in self.entries):
+            return Ledger(tuple(entry if old.key == entry.key else old for old in self.entries))
+        return Ledger((*self.entries, entry))
+
+    def as_json(self) -> dict[str, Any]:
+        """What `ledger.json` holds."""
+        return {
+            "format_version": 1,
+            "sources": [
+                {
+                    "source": e.source,
+                    "corpus": e.corpus,
+                    "fingerprint": e.fingerprint,
+                    "sequence_length": e.sequence_length,
+                    "seed": e.seed,
+                    "windows_an_epoch": e.num_windows,
+                    "windows_consumed": e.num_consumed,
+                    "epochs": [[list(interval) for interval in intervals] for intervals in e.epochs],
+                }
+                for e in self.entries
+            ],
+        }
+
+    @staticmethod
+    def from_json(plain: dict[str, Any]) -> Ledger:
+        """The ledger that `as_json` described."""
+        return Ledger(
+            tuple(
+                Entry(
+                    source=s["source"],
+                    corpus=s["corpus"],
+                    fingerprint=s["fingerprint"],
+                    sequence_length=s["sequence_length"],
+                    seed=s["seed"],
+                    num_windows=s["windows_an_epoch"],
+                    epochs=tuple(tuple((a, b) for a, b in intervals) for intervals in s["epochs"]),
+                )
+                for s in plain["sources"]
+            )
+        )
+
+
+def _joined(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same positions as disjoint intervals in order; neighbours are made one."""
+    out: list[tuple[int, int]] = []
+    for start, stop in sorted(intervals):
+        if out and start <= out[-1][1]:
+            out[-1] = (out[-1][0], max(stop, out[-1][1]))
+        else:
+            out.append((start, stop))
+    return out

@@ -1,0 +1,68 @@
+"""How forgetting is held off: one file a method, hooked into the loop at five seams.
+
+    before_batch   a step begins
+    after_forward  losses of a micro-batch are known; a further loss may be added
+    before_update  gradients are summed; the sharded fp32 masters can be read and written
+    after_update   the update was made (not after one that was skipped)
+    end_stage      a stage's tokens are spent
+
+A file here opens with its frozen `Settings` and holds one class `Method(settings)`; it overrides the seams it needs.
+At strength 0 a method leaves the run unchanged, bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cpt.config import name_of_choice
+from cpt.parallel.weights import Masters
+from cpt.progress import Progress
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A micro-batch after its forward pass: `tokens` [B, S + 1] and the `losses` [B, S] of its S targets, in nats."""
+
+    progress: Progress
+    tokens: torch.Tensor
+    losses: torch.Tensor
+
+
+class Seams:
+    """A method that does nothing at every seam; those that do something inherit from it. `progress` is always the place before the step."""
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+        self.name = name_of_choice(settings)
+
+    def before_batch(self, progress: Progress) -> None:
+        """A step begins."""
+
+    def after_forward(self, forward: Forward) -> torch.Tensor | None:
+        """A further loss (a scalar, mean over tokens) to add to this micro-batch's, or None."""
+        return None
+
+    def before_update(self, masters: Masters, progress: Progress) -> None:
+        """Gradients are summed over ranks; what is written into the masters is what the update starts from."""
+
+    def after_update(self, masters: Masters, progress: Progress) -> bool:
+        """The update was made; True if the masters were written to, so that the model's weights are derived anew."""
+        return False
+
+    def end_stage(self, masters: Masters, progress: Progress) -> bool:
+        """A stage has ended; True if the masters were written to."""
+        return False
+
+    def report(self) -> dict[str, float]:
+        """Numbers for this step's line in `metrics.jsonl`, named `method/<name>/<what>`."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold: numbers, and lists of tensors with one tensor for each of the masters' pieces."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave, on this or another mesh."""

@@ -1,0 +1,80 @@
+"""What a run tells while it trains: a line and a metrics record a step, a line and a record an evaluation."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from cpt.observe.records import Records
+from cpt.observe.speed import as_duration
+
+_log = logging.getLogger(__name__)
+
+
+class Journal:
+    """Writes the `.jsonl` files of a run folder, on the first rank; on the others it does nothing.
+
+    Lines after step `keep_until_step` are dropped. On a terminal a progress bar stands for the step lines, which then go
+    to the log file alone; elsewhere every `every_steps`-th line is shown.
+    """
+
+    def __init__(
+        self, folder: Path, is_first: bool, keep_until_step: int, total_tokens: int, tokens_done: int, every_steps: int
+    ) -> None:
+        self._files = {}
+        self._every_steps = every_steps
+        self._total_tokens = total_tokens
+        self._has_bar = is_first and sys.stderr.isatty()
+        if is_first:
+            self._files = {n: Records(folder / f"{n}.jsonl", keep_until_step) for n in ("metrics", "scores", "order")}
+        self._bar = tqdm(
+            total=total_tokens, initial=tokens_done, unit="tok", unit_scale=True, disable=not self._has_bar, leave=False
+        )
+
+    @property
+    def scored_steps(self) -> set[int]:
+        """Steps whose evaluation stands in `scores.jsonl` from before; empty on all but the first rank."""
+        return {record["step"] for record in self._files["scores"].kept} if self._files else set()
+
+    def step(self, record: dict[str, Any], num_tokens: int) -> None:
+        """Tell one step; `num_tokens` were trained on in it."""
+        if not self._files:
+            return
+        self._files["metrics"].write(record)
+        self._bar.update(num_tokens)
+        self._bar.set_postfix_str(f"loss {record['loss']:.3f} lr {record['learning_rate']:.2e}", refresh=False)
+        shown = not self._has_bar and record["step"] % self._every_steps == 0
+        _log.log(logging.INFO if shown else logging.DEBUG, "%s", self._step_line(record))
+
+    def order(self, record: dict[str, Any]) -> None:
+        """Keep the link of the order chain that a step ended with."""
+        if self._files:
+            self._files["order"].write(record)
+
+    def scores(self, records: list[dict[str, Any]]) -> None:
+        """Tell one evaluation of every held-out source."""
+        if not self._files:
+            return
+        for record in records:
+            self._files["scores"].write(record)
+        told = "  ".join(f"{r['source']} {r['loss']:.4f}" for r in records)
+        _log.info("held out at step %d: %s", records[0]["step"], told)
+
+    def close(self) -> None:
+        """End the bar and close the files."""
+        self._bar.close()
+        for file in self._files.values():
+            file.close()
+
+    def _step_line(self, record: dict[str, Any]) -> str:
+        by_source = " ".join(f"{name}={loss:.4f}" for name, loss in record["loss_by_source"].items())
+        left = (self._total_tokens - record["tokens"]) / record["tokens_per_second"]
+        return (
+            f"step={record['step']} tokens={record['tokens']}/{self._total_tokens} stage={record['stage']} "
+            f"loss={record['loss']:.4f} {by_source} lr={record['learning_rate']:.3e} norm={record['grad_norm']:.3f} "
+            f"tok/s={record['tokens_per_second']:.0f} mfu={record['mfu']:.1%} left={as_duration(left)}"
+        )

@@ -1,0 +1,16 @@
+"""What a run says to a person: tables for the terminal, and one HTML page with pictures."""
+
+from cpt.report.runs import Parent, RunRecord, StepRecord, read_run, read_runs
+from cpt.report.tables import comparison_text, findings, matrix_text, runs_text
+
+__all__ = [
+    "Parent",
+    "RunRecord",
+    "StepRecord",
+    "comparison_text",
+    "findings",
+    "matrix_text",
+    "read_run",
+    "read_runs",
+    "runs_text",
+]

@@ -1,0 +1,268 @@
+"""Documents come out of every kind of input in order, and bad input is told with file and line or counted."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import logging
+import os
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from cpt.config import Fault
+from cpt.data.prepare import documents
+from cpt.data.prepare.documents import read_documents
+
+TEXTS = ["first", "second\nline", "third ü 漢字 😀"]
+
+
+def lines_of(texts, **more) -> bytes:
+    return b"".join(json.dumps({"text": text, **more}, ensure_ascii=False).encode() + b"\n" for text in texts)
+
+
+def texts_of(inputs, **options) -> list[str]:
+    return [document.text for document in read_documents([str(given) for given in inputs], **options)]
+
+
+def table(texts=TEXTS) -> pa.Table:
+    numbers = list(range(len(texts)))
+    return pa.table({"number": numbers, "text": texts, "id": [f"doc-{number}" for number in numbers]})
+
+
+def write_kind(path: Path, texts=TEXTS) -> None:
+    """Writes the texts as a file of the kind that its ending tells."""
+    if path.name.endswith(".gz"):
+        # Two members one after the other, as parallel compressors and `cat` write them.
+        path.write_bytes(gzip.compress(lines_of(texts[:1])) + gzip.compress(lines_of(texts[1:])))
+    elif path.name.endswith(".zst"):
+        compress = zstandard.ZstdCompressor().compress
+        path.write_bytes(compress(lines_of(texts[:1])) + compress(lines_of(texts[1:])))
+    elif path.suffix == ".parquet":
+        pa.parquet.write_table(table(texts), path, row_group_size=2)
+    elif path.name.endswith(".stream.arrow"):
+        with pa.ipc.new_stream(path, table().schema) as writer:
+            writer.write_table(table(texts), max_chunksize=2)
+    elif path.suffix == ".arrow":
+        with pa.ipc.new_file(path, table().schema) as writer:
+            writer.write_table(table(texts), max_chunksize=2)
+    else:
+        path.write_bytes(lines_of(texts))
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow", "a.stream.arrow", "A.JSONL"]
+)
+def test_every_kind_of_file_gives_the_same_texts(tmp_path, name):
+    write_kind(tmp_path / name)
+    assert texts_of([tmp_path / name]) == TEXTS
+
+
+def test_a_text_file_is_one_document_with_its_line_ends(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress("drü".encode()))
+    assert texts_of([tmp_path / "a.txt", tmp_path / "b.txt.gz"]) == ["one\r\ntwo\n", "drü"]
+
+
+def test_documents_know_their_id_and_where_they_are_from(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines_of(["one"], id=17) + b"\n" + lines_of(["two"]))
+    pa.parquet.write_table(table(), tmp_path / "b.parquet")
+    found = list(read_documents([str(tmp_path / "a.jsonl"), str(tmp_path / "b.parquet")]))
+    assert [document.id for document in found] == ["17", f"{tmp_path}/a.jsonl:3", "doc-0", "doc-1", "doc-2"]
+    assert found[1].where == f"{tmp_path}/a.jsonl:3"
+    assert found[4].where == f"{tmp_path}/b.parquet, row 3"
+
+
+def test_folders_are_read_deeply_and_sorted_without_hidden_and_foreign_files(tmp_path):
+    for name in ("b/z.jsonl", "b/a.jsonl", "a.jsonl", ".hidden.jsonl", ".cache/x.jsonl", "README.md", "c/picture.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(lines_of([name]))
+    assert texts_of([tmp_path]) == ["a.jsonl", "b/a.jsonl", "b/z.jsonl"]
+    assert texts_of([tmp_path / "b" / "z.jsonl", tmp_path / "**" / "a.jsonl"]) == ["b/z.jsonl", "a.jsonl", "b/a.jsonl"]
+
+
+def test_a_dash_reads_jsonl_from_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines_of(TEXTS) + b"oops\n")))
+    reading = read_documents(["-"])
+    assert [next(reading).text for _ in TEXTS] == TEXTS
+    with pytest.raises(Fault, match="standard input:4: broken JSON"):
+        next(reading)
+
+
+def test_another_key_may_hold_the_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"content": "c", "text": "t"}\n')
+    pa.parquet.write_table(pa.table({"content": ["d"]}), tmp_path / "b.parquet")
+    assert texts_of([tmp_path / "a.jsonl", tmp_path / "b.parquet"], text_key="content") == ["c", "d"]
+
+
+def test_only_the_text_and_id_columns_are_read(tmp_path, monkeypatch):
+    pa.parquet.write_table(table(), tmp_path / "a.parquet")
+    asked = []
+    whole = pa.parquet.ParquetFile.iter_batches
+
+    def iter_batches(self, *arguments, columns, **options):
+        asked.append(columns)
+        return whole(self, *arguments, columns=columns, **options)
+
+    monkeypatch.setattr(pa.parquet.ParquetFile, "iter_batches", iter_batches)
+    assert texts_of([tmp_path / "a.parquet"]) == TEXTS
+    assert asked == [["text", "id"]]
+
+
+def test_dictionary_encoded_columns_are_text_too(tmp_path):
+    pa.parquet.write_table(pa.table({"text": pa.array(["a", "b", "a"]).dictionary_encode()}), tmp_path / "a.parquet")
+    assert texts_of([tmp_path / "a.parquet"]) == ["a", "b", "a"]
+
+
+def test_empty_documents_are_left_out_and_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": ""}\n{"text": "x"}\n{"text": null}\n')
+    pa.parquet.write_table(pa.table({"text": ["y", None, ""]}), tmp_path / "b.parquet")
+    skipped = Counter()
+    assert texts_of([tmp_path / "a.jsonl", tmp_path / "b.parquet"], skipped=skipped) == ["x", "y"]
+    assert skipped == {"empty document": 4}
+
+
+BAD_LINES = [
+    (b'{"text": "cut\n', "broken JSON", r"a\.jsonl:2: broken JSON \(.*\); mend the line, or .* --on-error skip"),
+    (b"[" * 100_000 + b"\n", "broken JSON", r"a\.jsonl:2: broken JSON"),
+    (b'["text"]\n', "broken JSON", r"a\.jsonl:2 holds a list, not an object"),
+    (b'{"txt": "x", "n": 1}\n', "no text under the key", r'a\.jsonl:2 has no key "text" \(did you mean txt\?\); name'),
+    (b'{"n": 1, "q": 2}\n', "no text under the key", r'has no key "text" \(known: n, q\); name .*\(--text-key'),
+    (b"{}\n", "no text under the key", r'has no key "text" \(it has no keys\)'),
+    (b'{"text": 7}\n', "no text under the key", r'a\.jsonl:2: "text" holds a int, not a string'),
+    (b'{"text": "\xff"}\n', "invalid UTF-8", r"a\.jsonl:2: invalid UTF-8 \(byte 0xff at position 10\); write the file"),
+    (b'{"text": "x\\ud800"}\n', "invalid UTF-8", r"a\.jsonl:2: invalid UTF-8 \(half a surrogate pair at character 1"),
+]
+
+
+@pytest.mark.parametrize(("line", "cause", "message"), BAD_LINES, ids=range(len(BAD_LINES)))
+def test_a_bad_line_stops_with_file_and_line(tmp_path, line, cause, message):
+    (tmp_path / "a.jsonl").write_bytes(lines_of(["good"]) + line + lines_of(["too"]))
+    reading = read_documents([str(tmp_path / "a.jsonl")])
+    assert next(reading).text == "good"
+    with pytest.raises(Fault, match=message):
+        next(reading)
+
+
+@pytest.mark.parametrize(("line", "cause", "message"), BAD_LINES, ids=range(len(BAD_LINES)))
+def test_a_bad_line_is_counted_when_skipped(tmp_path, line, cause, message, caplog):
+    (tmp_path / "a.jsonl").write_bytes(lines_of(["good"]) + line + line + lines_of(["too"]))
+    skipped = Counter()
+    with caplog.at_level(logging.WARNING):
+        assert texts_of([tmp_path / "a.jsonl"], on_error="skip", skipped=skipped) == ["good", "too"]
+    assert skipped == {cause: 2}
+    # The first is told in full, the rest as a count.
+    assert len(caplog.messages) == 2
+    assert "a.jsonl:2" in caplog.messages[0]
+    assert caplog.messages[1] == f"skipped in the input: 2 {cause}"
+
+
+def incompressible(count: int) -> list[str]:
+    generator = random.Random(0)
+    return [generator.randbytes(200).hex() for _ in range(count)]
+
+
+def cut(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: -len(content) // 3])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow", "a.stream.arrow"])
+def test_a_truncated_file_stops_or_is_counted(tmp_path, name):
+    write_kind(tmp_path / name, incompressible(3000))
+    cut(tmp_path / name)
+    with pytest.raises(Fault, match=rf"cannot read .*{name} to its end: .*; mend or replace the file, or .*skip"):
+        texts_of([tmp_path / name])
+    skipped = Counter()
+    (tmp_path / "z.jsonl").write_bytes(lines_of(["after"]))
+    assert texts_of([tmp_path / name, tmp_path / "z.jsonl"], on_error="skip", skipped=skipped)[-1] == "after"
+    assert skipped == {"damaged file": 1}
+
+
+def test_a_changed_parquet_page_is_told(tmp_path):
+    pa.parquet.write_table(
+        table(incompressible(300)), tmp_path / "a.parquet", use_dictionary=False, write_page_checksum=True
+    )
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[20_000] ^= 1
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(Fault, match=r"cannot read .*a\.parquet to its end"):
+        texts_of([tmp_path / "a.parquet"])
+
+
+def test_invalid_utf8_in_a_column_names_the_row(tmp_path):
+    column = pa.array([b"fine", b"bad\xff", b"too"]).view(pa.string())
+    pa.parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(Fault, match=r"a\.parquet, row 2: invalid UTF-8 \(at position 3"):
+        texts_of([tmp_path / "a.parquet"])
+    assert texts_of([tmp_path / "a.parquet"], on_error="skip") == ["fine", "too"]
+
+
+def test_invalid_utf8_in_a_text_file_is_told(tmp_path):
+    (tmp_path / "a.txt").write_bytes("käse".encode("latin-1"))
+    with pytest.raises(Fault, match=r"a\.txt: invalid UTF-8 \(byte 0xe4 at position 1\)"):
+        texts_of([tmp_path / "a.txt"])
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("txet", r'has no column "txet" \(did you mean text\?\); name the column'),
+        ("number", r'the column "number" holds int64, not strings; name the column of the text \(--text-key\)'),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_wrong_column_is_told(tmp_path, name, key, message):
+    write_kind(tmp_path / name)
+    with pytest.raises(Fault, match=message):
+        texts_of([tmp_path / name], text_key=key)
+    assert texts_of([tmp_path / name], text_key=key, on_error="skip") == []
+
+
+def test_faulty_inputs_are_all_told_before_anything_is_read(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("a.docx", "b.docx"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "a.jsonl").write_bytes(lines_of(TEXTS))
+    names = ["empty", "?.docx", "a.jsonl", "./a.jsonl", "gone.jsonl", "none*.jsonl"]
+    with pytest.raises(Fault) as caught:
+        read_documents([f"{tmp_path}/{name}" for name in names])
+    told = "\n".join(caught.value.lines)
+    assert "no input files found in the folder" in told
+    assert "a.docx and 1 more: not of a known kind; known endings: .jsonl, .txt, .parquet, .arrow" in told
+    assert "a.jsonl is among the inputs more than once" in told
+    assert "there is no input file" in told and "gone.jsonl" in told
+    assert "no input files match" in told and "none*.jsonl" in told
+    assert len(caught.value.lines) == 5
+
+
+def test_no_inputs_and_unknown_ways_are_faults():
+    with pytest.raises(Fault, match="no input was named"):
+        read_documents([])
+    with pytest.raises(Fault, match="on_error = 'ignore'; known: skip, stop"):
+        read_documents(["-"], on_error="ignore")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_without_permission_is_told(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines_of(TEXTS))
+    (tmp_path / "a.jsonl").chmod(0)
+    with pytest.raises(Fault, match=r"cannot read .*a\.jsonl to its end: .*denied"):
+        texts_of([tmp_path / "a.jsonl"])
+
+
+def test_large_arrow_batches_are_read_in_slices(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "ROWS_AT_ONCE", 2)
+    texts = [f"text {number}" for number in range(7)]
+    pa.parquet.write_table(table(texts), tmp_path / "a.parquet")
+    with pa.ipc.new_file(tmp_path / "b.arrow", table().schema) as writer:
+        writer.write_table(table(texts))
+    assert texts_of([tmp_path / "a.parquet", tmp_path / "b.arrow"]) == texts + texts
