@@ -41,8 +41,10 @@ def main(words: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
+    # Options may stand anywhere between the key=value words; argparse cannot do that beside subcommands.
+    parse = parser.parse_args if parser._subparsers else parser.parse_intermixed_args
     try:
-        return _told(words[0], module.run, parser.parse_args(words[1:]))
+        return _told(words[0], module.run, parse(words[1:]))
     except SystemExit as ended:  # argparse ends with 0 after --help and with 2 after a wrong word
         return int(ended.code or 0)
 

@@ -34,6 +34,8 @@ class Forward:
 class Seams:
     """A method that does nothing at every seam; those that do something inherit from it. `progress` is always the place before the step."""
 
+    num_copies = 0  # fp32 values that the method keeps for each parameter, for the memory plan
+
     def __init__(self, settings: Any) -> None:
         self.settings = settings
         self.name = name_of_choice(settings)

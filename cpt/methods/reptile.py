@@ -40,6 +40,8 @@ class Settings:
 class Method(Seams):
     """The outer step; counts updates that were made, so a skipped one does not shorten a window."""
 
+    num_copies = 1  # the anchor
+
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self._anchor: list[torch.Tensor] | None = None  # one for each of the masters' pieces

@@ -1,0 +1,42 @@
+"""Bytes that a run's model state takes on each rank under ZeRO, exactly; activations are not counted.
+
+Source: Rajbhandari et al. 2020, arXiv:1910.02054 (what each ZeRO stage cuts over the ranks).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_MASTER_AND_MOMENTS = 12  # bytes a parameter: fp32 value, first and second moment
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """Bytes on one rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    methods: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.methods
+
+
+def model_state(num_parameters: int, precision: str, zero: int, num_ranks: int, num_copies: int = 0) -> ModelState:
+    """What one of `num_ranks` holds at ZeRO stage `zero`; `num_copies` fp32 copies are kept by methods.
+
+    At stage 0 the fp32 weights are the masters themselves. Gradients are accumulated in fp32.
+    """
+    low = 2 if precision == "bf16" else 4
+    cut = {part: num_ranks if zero >= stage else 1 for part, stage in (("optimizer", 1), ("gradients", 2), ("weights", 3))}
+    optimizer = _MASTER_AND_MOMENTS - (_FP32 if zero == 0 else 0)
+    return ModelState(
+        weights=num_parameters * low / cut["weights"],
+        gradients=num_parameters * _FP32 / cut["gradients"],
+        optimizer=num_parameters * optimizer / cut["optimizer"],
+        methods=num_parameters * _FP32 * num_copies / cut["optimizer"],
+    )

@@ -1,0 +1,59 @@
+"""`cpt plan` counts what the run will do, and refuses what cannot work."""
+
+import numpy as np
+import pytest
+
+from cpt.cli import main
+from cpt.config import Fault
+from cpt.data.shards import ShardWriter
+from cpt.planning.plan import plan_lines
+from cpt.run import read_run
+
+
+@pytest.fixture
+def config(tmp_path):
+    with ShardWriter(tmp_path / "text", 64) as writer:
+        for _ in range(10):
+            writer.add_document(np.arange(60) % 64)
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"output: {tmp_path}/run\n"
+        "model: {name: llama, vocabulary: 64, width: 16, layers: 1, heads: 2}\n"
+        "sequence_length: 8\nbatch: {windows: 4}\n"
+        "stages:\n"
+        f"  - {{name: one, tokens: 300, sources: {{text: {{corpus: {tmp_path}/text}}}},"
+        " schedule: {name: cosine, peak: 1e-3}}\n"
+    )
+    return str(file)
+
+
+def test_a_stage_is_rounded_up_to_whole_steps(config):
+    text = "\n".join(plan_lines(read_run([config]), num_ranks=2))
+    assert "10 steps, 320 tokens" in text
+    assert "4 windows of 8 = 32 tokens; on 2 rank(s) 1 micro-batch(es) of 2" in text
+
+
+def test_epochs_are_told_by_source(config):
+    (line,) = [line for line in plan_lines(read_run([config]), 1) if line.startswith("  text")]
+    assert line.split()[1:4] == ["320", "100.0%", "0.53"]  # of 600 tokens
+
+
+def test_a_batch_that_cannot_be_cut_is_refused_with_values_that_would_do(config):
+    with pytest.raises(Fault, match="batch.windows = 4 cannot be cut over 3 ranks; use 3 or 6"):
+        list(plan_lines(read_run([config]), num_ranks=3))
+
+
+def test_all_that_cannot_work_is_told_with_status_2(config, capsys, tmp_path):
+    status = main(["plan", config, "--ranks", "3", f"evaluation.held_out.x={tmp_path}/nowhere"])
+    told = capsys.readouterr().err.splitlines()
+    assert status == 2
+    assert len(told) == 2
+    assert "held_out.x" in told[1]
+
+
+@pytest.mark.parametrize(("methods", "size"), [("[]", "72.6 KiB"), ("[{name: reptile}]", "96.8 KiB")])
+def test_a_checkpoint_holds_12_bytes_a_parameter_and_4_for_each_copy_of_a_method(config, methods, size):
+    # 2 x 64 x 16 embedding and head, 4 x 16 x 16 attention, 3 x 16 x 64 feed-forward, 3 x 16 norms = 6,192
+    lines = list(plan_lines(read_run([config, f"methods={methods}"]), 1))
+    assert "6,192 parameters" in lines[0]
+    assert any(line.startswith("disk") and f"{size} a checkpoint" in line for line in lines)
