@@ -1,7 +1,7 @@
 """Text to corpora: train a tokenizer, build a corpus, look into it, verify it.
 
 Text comes as .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow or .txt files, as folders and globs of them, or as jsonl
-on standard input (named -).
+on standard input (named -). A build that was stopped or killed goes on when the same command is given again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from cpt.data.prepare.build import BuildReport, build_corpus
+from cpt.data.prepare.build import build_corpus
+from cpt.data.prepare.build_report import BuildReport
 from cpt.data.prepare.inspect import Inspection, inspect_corpus
 from cpt.data.prepare.train_tokenizer import TRAINERS, train_tokenizer
 from cpt.data.prepare.verify import verify_corpus
@@ -83,6 +84,28 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
         metavar="SHARE",
         help="share of documents, such as 5%% or 0.05, that goes to CORPUS-held-out; chosen by their text alone",
     )
+    parser.add_argument(
+        "--shuffle-documents",
+        type=int,
+        metavar="SEED",
+        help="put the documents in an order drawn from this seed; needs room on the disk for the tokens twice",
+    )
+    parser.add_argument(
+        "--domain-key",
+        metavar="K",
+        help="key or column of the domain: one corpus a domain, CORPUS/DOMAIN; a document without one is faulty",
+    )
+    parser.add_argument(
+        "--id-key",
+        metavar="K",
+        help="key or column of the id, which then stands in messages about a document; one without it is faulty",
+    )
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="begin anew; without, a build that was stopped goes on from CORPUS.partial, to the same bytes "
+        "(text from standard input always begins anew)",
+    )
     parser.add_argument("--no-append-eos", action="store_true", help="put no end-of-document token after documents")
     parser.add_argument("--prepend-bos", action="store_true", help="put a beginning-of-document token before documents")
 
@@ -142,11 +165,16 @@ def _build(arguments: argparse.Namespace) -> int:
         append_eos=not arguments.no_append_eos,
         prepend_bos=arguments.prepend_bos,
         holdout=arguments.holdout,
+        shuffle_seed=arguments.shuffle_documents,
+        id_key=arguments.id_key,
+        domain_key=arguments.domain_key,
         on_error=arguments.on_error,
+        restart=arguments.restart,
         progress=True,
     )
     for built in filter(None, (report, report.held_out)):
-        print(f"built {_summary(built)}")
+        for part in built.domains or (built,):
+            print(f"built {_summary(part)}")
     for cause, count in sorted(report.skipped.items()):
         print(f"skipped {count:,}: {cause}")
     return 0

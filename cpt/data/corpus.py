@@ -1,4 +1,4 @@
-"""A corpus: a folder of token shards with a manifest, or a Megatron prefix, read as one stream of tokens.
+"""A corpus: a folder of token shards with a manifest, a Megatron prefix or raw files, read as one stream of tokens.
 
 The stream is cut into windows of `sequence_length + 1` tokens; neighbours share one token, because the last token of
 a window is only a target and the first of the next only an input:
@@ -24,7 +24,9 @@ import numpy as np
 import xxhash
 
 from cpt.config import Fault
-from cpt.data.shards import HEADER, Shard, bin_path, idx_path
+from cpt.data.raw_streams import RawStreams, fingerprint_of_index, open_raw_streams
+from cpt.data.shards import Shard, bin_path, idx_path
+from cpt.data.token_file import TokenFile
 
 MANIFEST_NAME = "corpus.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -107,20 +109,21 @@ class Corpus:
     a manifest `manifest` is None, and so is everything that only a manifest can tell.
     """
 
-    def __init__(self, path: Path, prefixes: list[Path], manifest: Manifest | None) -> None:
+    def __init__(
+        self, path: Path, prefixes: list[Path], manifest: Manifest | None, raw: RawStreams | None = None
+    ) -> None:
         self.path = path
         self.name = Path(os.path.abspath(path)).name
         self.manifest = manifest
         self._prefixes = prefixes
-        self._shards: list[Shard | None] = [None] * len(prefixes)
+        self._raw = raw
+        self._shards: list[TokenFile | None] = [None] * len(prefixes)
         if manifest is None:
-            # The one shard of a bare prefix is the only place that knows the counts.
-            self._shards = [Shard(prefix) for prefix in prefixes]
+            # The files alone know the counts.
+            self._shards = [*raw.files] if raw else [Shard(prefix) for prefix in prefixes]
             shard_tokens = [shard.num_tokens for shard in self._shards]
-            self.num_documents = sum(shard.num_documents for shard in self._shards)
         else:
             shard_tokens = [entry.num_tokens for entry in manifest.shards]
-            self.num_documents = manifest.num_documents
         self._ends = np.cumsum(np.array(shard_tokens, dtype=np.int64))
         self.num_tokens = int(self._ends[-1]) if shard_tokens else 0
 
@@ -128,7 +131,8 @@ class Corpus:
     def open(cls, path: str | Path) -> Corpus:
         """The corpus in a folder with corpus.json, or of PREFIX.bin and PREFIX.idx (either file's name will do too).
 
-        Raises Fault if there is none, if a shard is missing, or if one has another size than the manifest says.
+        Or the files of other programs, as cpt/data/raw_streams.py has their paths. Raises Fault if there is none, if a
+        shard is missing, or if one has another size than the manifest says.
         """
         path = Path(path)
         if (path / MANIFEST_NAME).exists():
@@ -137,8 +141,18 @@ class Corpus:
             if faults:
                 raise Fault([*faults, f"cpt data verify {path} tells more; copy the corpus or build it again"])
             return cls(path, [path / entry.name for entry in manifest.shards], manifest)
+        raw = open_raw_streams(path)
+        if raw:
+            return cls(path, [stream.prefix for stream in raw.files], None, raw)
         prefix = find_prefix(path)
         return cls(prefix, [prefix], None)
+
+    @cached_property
+    def num_documents(self) -> int:
+        """Counted from the tokens where raw files have an end of document, which takes a while."""
+        if self.manifest:
+            return self.manifest.num_documents
+        return sum(shard.num_documents for shard in self._shards)
 
     @property
     def num_bytes(self) -> int | None:
@@ -156,6 +170,8 @@ class Corpus:
     @property
     def end_of_document(self) -> int | None:
         """The token id that ends every document, None if none was appended."""
+        if self._raw:
+            return self._raw.end_of_document
         return self.manifest.end_of_document if self.manifest else None
 
     @property
@@ -168,22 +184,21 @@ class Corpus:
     def fingerprint(self) -> str:
         """A hexadecimal name of the contents: of all shard checksums and the tokenizer.
 
-        For a bare prefix, which has no checksums, only of the sizes of the files and the head of the index.
+        For files without a manifest, which have no checksums, only of their sizes and beginnings.
         """
-        if self.manifest:
-            parts = [self.manifest.tokenizer_hash]
-            parts += [checksum for entry in self.manifest.shards for checksum in (entry.bin_xxh64, entry.idx_xxh64)]
-            return xxhash.xxh64("\n".join(parts).encode()).hexdigest()
-        with idx_path(self.path).open("rb") as file:
-            header = file.read(HEADER.size)
-        sizes = f"{idx_path(self.path).stat().st_size} {bin_path(self.path).stat().st_size}"
-        return xxhash.xxh64(header + sizes.encode()).hexdigest()
+        if self._raw:
+            return self._raw.fingerprint
+        if not self.manifest:
+            return fingerprint_of_index(self.path, bin_path(self.path).stat().st_size)
+        parts = [self.manifest.tokenizer_hash]
+        parts += [checksum for entry in self.manifest.shards for checksum in (entry.bin_xxh64, entry.idx_xxh64)]
+        return xxhash.xxh64("\n".join(parts).encode()).hexdigest()
 
     @property
     def num_shards(self) -> int:
         return len(self._prefixes)
 
-    def shard(self, index: int) -> Shard:
+    def shard(self, index: int) -> TokenFile:
         """One shard, opened when first asked for."""
         shard = self._shards[index]
         if shard is None:

@@ -19,6 +19,7 @@ import xxhash
 
 from cpt.config import Fault
 from cpt.data.megatron_index import HEADER, LONGEST_SEQUENCE, pack_header, parse_header, token_type
+from cpt.data.token_file import TokenFile
 
 logger = logging.getLogger(__name__)
 
@@ -129,23 +130,23 @@ class ShardWriter:
             raise
 
 
-class Shard:
+class Shard(TokenFile):
     """Reads one shard through a memory map: `num_tokens`, `num_documents`, `dtype`, tokens and documents.
 
     Raises Fault for files that are missing, cut short or of another format; ValueError for positions outside.
     """
 
     def __init__(self, prefix: str | Path) -> None:
-        self.prefix = Path(prefix)
-        self._idx_path, self._bin_path = idx_path(prefix), bin_path(prefix)
+        super().__init__(Path(prefix), bin_path(prefix))
+        self._idx_path = idx_path(prefix)
         self._open()
-        self._views: dict[int, np.ndarray] = {}
 
     def _open(self) -> None:
         try:
-            idx_bytes, bin_bytes = self._idx_path.stat().st_size, self._bin_path.stat().st_size
+            idx_bytes, bin_bytes = self._idx_path.stat().st_size, self._size_of_bin()
             with self._idx_path.open("rb") as file:
                 self._header = parse_header(file.read(HEADER.size), self._idx_path)
+                self.dtype = self._header.dtype
                 self._check_index_size(idx_bytes)
                 bin_end = self._end_of_last_sequence(file)
                 last_document_end = self._last_document_end(file)
@@ -156,7 +157,7 @@ class Shard:
         if bin_bytes != bin_end:
             state = "is cut short" if bin_bytes < bin_end else "is too long"
             raise Fault(
-                f"{self._bin_path} {state}: {bin_bytes:,} bytes where {self._idx_path.name} tells of {bin_end:,}; "
+                f"{self._file} {state}: {bin_bytes:,} bytes where {self._idx_path.name} tells of {bin_end:,}; "
                 "copy or build both files again"
             )
         self.num_tokens = bin_bytes // self.dtype.itemsize
@@ -165,6 +166,9 @@ class Shard:
         if self._is_repaired:
             logger.info("%s: its document array is incomplete; taking each sequence as a document", self._idx_path)
         self.num_documents = self._header.num_sequences if self._is_repaired else self._header.document_entries - 1
+
+    def _size_of_bin(self) -> int:
+        return self._file.stat().st_size
 
     def _check_index_size(self, idx_bytes: int) -> None:
         expected = self._header.size_of_index
@@ -193,19 +197,6 @@ class Shard:
         file.seek(self._header.documents_at - 8)
         return int.from_bytes(file.read(8), "little", signed=True) + length * self.dtype.itemsize
 
-    @property
-    def dtype(self) -> np.dtype:
-        """The type of the stored token ids, as the header's type byte has it."""
-        return self._header.dtype
-
-    @cached_property
-    def tokens(self) -> np.ndarray:
-        """All token ids of the shard, [num_tokens], read-only and still on the disk."""
-        if self.num_tokens == 0:
-            return np.empty(0, self.dtype)
-        # A plain array on the map: numpy's memmap class costs a microsecond more at every slice.
-        return np.asarray(np.memmap(self._bin_path, dtype=self.dtype, mode="r"))
-
     @cached_property
     def sequence_lengths(self) -> np.ndarray:
         """Tokens of each sequence as the index states them, int32 [sequences]."""
@@ -228,30 +219,6 @@ class Shard:
         """First token of each document and, last, the number of tokens, int64 [documents + 1]."""
         starts = np.append(self.sequence_offsets // self.dtype.itemsize, self.num_tokens)
         return starts[self.document_array]
-
-    @property
-    def document_lengths(self) -> np.ndarray:
-        """Tokens of each document, int64 [documents]."""
-        return np.diff(self.document_starts)
-
-    def read(self, start_token: int, stop_token: int) -> np.ndarray:
-        """Tokens from start to before stop, [stop - start], read-only, without a copy."""
-        if not 0 <= start_token <= stop_token <= self.num_tokens:
-            raise ValueError(
-                f"tokens {start_token}..{stop_token} are not within the {self.num_tokens} of {self.prefix}"
-            )
-        return self.tokens[start_token:stop_token]
-
-    def gather(self, start_tokens: np.ndarray, length: int) -> np.ndarray:
-        """The stretches of `length` tokens that begin at start_tokens, a copy, [len(start_tokens), length].
-
-        One fancy index over an overlapping view: half the time of a slice for each stretch.
-        """
-        view = self._views.get(length)
-        if view is None:
-            view = np.lib.stride_tricks.sliding_window_view(self.tokens, length)
-            self._views = {length: view}
-        return view[start_tokens]
 
     def document(self, index: int) -> np.ndarray:
         """Tokens of one document, read-only, without a copy."""

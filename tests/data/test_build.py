@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from cpt.config import Fault
 from cpt.data.corpus import Corpus
 from cpt.data.prepare import build as building
+from cpt.data.prepare import build_progress, encoding
 from cpt.data.prepare.build import build_corpus
 from cpt.data.prepare.tokenizers import Tokenizer
 
@@ -199,14 +201,14 @@ def test_folders_above_the_output_are_made_and_an_empty_one_is_used(tmp_path, to
         assert Corpus.open(tmp_path / output).num_tokens == 2
 
 
-def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path, tokenizer, monkeypatch):
+def test_a_full_disk_before_the_first_checkpoint_is_told_and_leaves_nothing_behind(tmp_path, tokenizer, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", random_texts(20))
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("cpt.data.shards._ChecksummedFile.write", full)
-    with pytest.raises(Fault, match=r"the disk of .* is full; free some space or choose another --output"):
+    monkeypatch.setattr("cpt.data.prepare.spool.Spool.flush", full)
+    with pytest.raises(OSError, match="the disk is full; free some space, then choose another --output"):
         build_corpus([path], tokenizer, tmp_path / "c")
     assert list(tmp_path.iterdir()) == [path]
 
@@ -252,8 +254,8 @@ def test_a_tokenizer_without_the_ids_asked_for_is_refused(tmp_path, options, mes
 def test_a_worker_that_dies_is_told(tmp_path, tokenizer, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", ["one"])
     # What the worker is given to do ends it at once, as the kernel does for want of memory.
-    monkeypatch.setattr(building, "_encode_in_worker", os._exit)
-    monkeypatch.setattr(building, "_batches", lambda documents: iter([1]))
+    monkeypatch.setattr(encoding, "_encode_in_worker", os._exit)
+    monkeypatch.setattr(building, "_batches", lambda *_: iter([SimpleNamespace(texts=1)]))
     with pytest.raises(Fault, match="one of 2 worker processes died, most often for want of memory; use fewer --work"):
         build_corpus([path], tokenizer, tmp_path / "c", workers=2)
     assert list(tmp_path.iterdir()) == [path]
@@ -263,12 +265,13 @@ def test_a_worker_that_dies_is_told(tmp_path, tokenizer, monkeypatch):
 def test_workers_end_with_a_parent_that_is_killed(tmp_path, tokenizer):
     script = f"""
 import multiprocessing, time
-from cpt.data.prepare import build
-recipe = build._Recipe({str(tokenizer)!r}, None, None, 0.0)
+from types import SimpleNamespace
+from cpt.data.prepare.encoding import Recipe, encode_batches
+recipe = Recipe({str(tokenizer)!r}, None, None, 0.0)
 def batches():
-    yield from [["a"]] * 6
+    yield from [SimpleNamespace(texts=["a"])] * 6
     time.sleep(60)
-encoded = build._encoded(batches(), recipe, 2)
+encoded = encode_batches(batches(), recipe, 2)
 next(encoded)
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 next(encoded)
@@ -294,7 +297,7 @@ def is_running(process: int) -> bool:
 
 
 def test_without_a_terminal_progress_is_told_in_lines(tmp_path, tokenizer, monkeypatch, caplog):
-    monkeypatch.setattr(building, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(build_progress, "SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level(logging.INFO):
         build_corpus([write_jsonl(tmp_path / "a.jsonl", ["one"])], tokenizer, tmp_path / "c", progress=True)
     assert any(message.startswith("c: 1 documents, 4 tokens, ") for message in caplog.messages)

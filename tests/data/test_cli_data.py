@@ -72,6 +72,23 @@ def test_a_held_out_share_and_skipped_lines_are_told(tmp_path, text, tokenizer, 
     assert (corpus.end_of_document, corpus.manifest.begin_of_document) == (None, 1)
 
 
+def test_a_corpus_a_domain_is_told_in_a_line_each(tmp_path, text, tokenizer, capsys):
+    lines = [json.loads(line) for line in text.read_text().splitlines()]
+    kinds = ["prose", "code"]
+    text.write_text(
+        "".join(json.dumps({**line, "kind": kinds[i % 2], "key": i}) + "\n" for i, line in enumerate(lines))
+    )
+    capsys.readouterr()
+    keys = ("--text-key", "body", "--domain-key", "kind", "--id-key", "key")
+    words = ("--tokenizer", tokenizer, "--output", tmp_path / "c", "--shuffle-documents", 3, "--restart", *keys)
+    assert run("build", text, *words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" documents")[0] for line in lines] == [
+        f"built {tmp_path}/c/code: 30",
+        f"built {tmp_path}/c/prose: 30",
+    ]
+
+
 def test_inspect_shows_counts_and_texts(tmp_path, text, tokenizer, capsys):
     run("build", text, "--tokenizer", tokenizer, "--output", tmp_path / "c", "--text-key", "body")
     capsys.readouterr()

@@ -19,7 +19,8 @@ import pytest
 import zstandard
 
 from cpt.config import Fault
-from cpt.data.prepare import documents
+from cpt.data.prepare import table_readers
+from cpt.data.prepare.document import Position
 from cpt.data.prepare.documents import read_documents
 
 TEXTS = ["first", "second\nline", "third ü 漢字 😀"]
@@ -260,9 +261,107 @@ def test_a_file_without_permission_is_told(tmp_path):
 
 
 def test_large_arrow_batches_are_read_in_slices(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(table_readers, "ROWS_AT_ONCE", 2)
     texts = [f"text {number}" for number in range(7)]
     pa.parquet.write_table(table(texts), tmp_path / "a.parquet")
     with pa.ipc.new_file(tmp_path / "b.arrow", table().schema) as writer:
         writer.write_table(table(texts))
     assert texts_of([tmp_path / "a.parquet", tmp_path / "b.arrow"]) == texts + texts
+
+
+@pytest.mark.parametrize("name", ["b.jsonl", "b.jsonl.gz", "b.jsonl.zst", "b.parquet", "b.arrow", "b.stream.arrow"])
+def test_reading_can_begin_after_any_document(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(table_readers, "ROWS_AT_ONCE", 2)
+    texts = [f"text {number}" for number in range(7)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n" + lines_of(["first", "", "second"]))
+    write_kind(tmp_path / name, texts)
+    (tmp_path / "c.txt").write_text("last")
+    inputs = [str(tmp_path / file) for file in ("a.jsonl", name, "c.txt")]
+    whole = list(read_documents(inputs))
+    assert [document.text for document in whole] == ["first", "second", *texts, "last"]
+    for number, document in enumerate(whole):
+        assert list(read_documents(inputs, start=document.end)) == whole[number + 1 :]
+    assert whole[1].end == Position(0, 4)
+
+
+def test_lines_before_the_start_are_not_looked_into(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"{broken\n" + lines_of(["good"]))
+    assert texts_of([tmp_path / "a.jsonl"], start=Position(0, 1)) == ["good"]
+
+
+def test_row_groups_before_the_start_are_not_read(tmp_path):
+    pa.parquet.write_table(
+        table(incompressible(300)), tmp_path / "a.parquet", row_group_size=100, write_page_checksum=True
+    )
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[20_000] ^= 1
+    (tmp_path / "a.parquet").write_bytes(content)
+    assert len(texts_of([tmp_path / "a.parquet"], start=Position(0, 150))) == 150
+
+
+def test_domains_and_ids_are_read_under_their_keys(tmp_path):
+    records = [{"text": "one", "kind": "prose", "key": "k1"}, {"text": "two", "kind": 3, "key": 2}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    columns = {"text": ["three"], "kind": pa.array(["code"]).dictionary_encode(), "key": [3]}
+    pa.parquet.write_table(pa.table(columns), tmp_path / "b.parquet")
+    inputs = [str(tmp_path / name) for name in ("a.jsonl", "b.parquet")]
+    found = list(read_documents(inputs, id_key="key", domain_key="kind"))
+    assert [(document.id, document.domain) for document in found] == [("k1", "prose"), ("2", "3"), ("3", "code")]
+    assert [document.where for document in found] == [
+        f"{tmp_path}/a.jsonl:1 (id k1)",
+        f"{tmp_path}/a.jsonl:2 (id 2)",
+        f"{tmp_path}/b.parquet, row 1 (id 3)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "options", "cause", "message"),
+    [
+        ({"knid": "x"}, {"domain_key": "kind"}, "no domain under the key", r'a\.jsonl:1 has no domain .* "kind" \(did'),
+        ({"kind": ""}, {"domain_key": "kind"}, "no domain under the key", r'"kind" \(it holds ""\); name the key of'),
+        ({"kind": True}, {"domain_key": "kind"}, "no domain under the key", r"it holds true\); .* \(--domain-key\)"),
+        ({"kye": 1}, {"id_key": "key"}, "no id under the key", r'no key "key" \(did you mean kye\?\); .*\(--id-key\)'),
+        (
+            {"key": 9, "kind": 0.5},
+            {"id_key": "key", "domain_key": "kind"},
+            "no domain under the key",
+            r":1 \(id 9\) has",
+        ),
+    ],
+)
+def test_a_missing_domain_or_id_stops_or_is_counted(tmp_path, record, options, cause, message):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x", **record}) + "\n")
+    with pytest.raises(Fault, match=message):
+        texts_of([tmp_path / "a.jsonl"], **options)
+    skipped = Counter()
+    assert texts_of([tmp_path / "a.jsonl"], on_error="skip", skipped=skipped, **options) == []
+    assert skipped == {cause: 1}
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("knd", r'a\.parquet has no column "knd" \(did you mean kind\?\); name the column of the domain \(--domain-k'),
+        ("share", r'a\.parquet: the column "share" holds double, not strings; name the column of the domain'),
+        ("kind", r'a\.parquet, row 2 has no domain in the column "kind" \(it holds null\); name the column of the dom'),
+    ],
+)
+def test_a_column_without_domains_is_told(tmp_path, key, message):
+    columns = {"text": ["x", "y"], "kind": ["a", None], "share": [0.5, 1.0]}
+    pa.parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(Fault, match=message):
+        texts_of([tmp_path / "a.parquet"], domain_key=key)
+
+
+def test_a_column_without_ids_is_told(tmp_path):
+    pa.parquet.write_table(pa.table({"text": ["x"], "key": ["k"]}), tmp_path / "a.parquet")
+    with pytest.raises(
+        Fault, match=r'has no column "kee" \(did you mean key\?\); name the column of the id \(--id-key\)'
+    ):
+        texts_of([tmp_path / "a.parquet"], id_key="kee")
+
+
+def test_plain_text_has_no_domain(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(Fault, match=r'a\.txt is plain text and has no domain .* "kind"; build it without --domain-key'):
+        texts_of([tmp_path / "a.txt"], domain_key="kind")

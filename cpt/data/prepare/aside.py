@@ -12,6 +12,8 @@ from pathlib import Path
 
 from cpt.config import Fault
 
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 @contextlib.contextmanager
 def written_aside(output: str | Path) -> Iterator[Path]:
@@ -21,22 +23,15 @@ def written_aside(output: str | Path) -> Iterator[Path]:
     Raises Fault if `output` is there already and not an empty folder, before or after, or if the disk is full.
     """
     output = Path(output)
-    _refuse_used(output)
+    refuse_used(output)
     # Beside it, so that it is on the same disk and the rename is one step. The random ending keeps two builds apart.
     aside = output.parent / f"{output.name}.partial-{secrets.token_hex(4)}"
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise Fault(f"cannot write to {output.parent}: {error.strerror}; choose another --output") from error
+    make_folder(aside, output)
     try:
         yield aside
-        try:
-            os.rename(aside, output)
-        except OSError as error:
-            _refuse_used(output)
-            raise Fault(f"cannot rename {aside} to {output}: {error.strerror}; choose another --output") from error
+        rename_to(output, aside)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_IS_FULL:
             raise Fault(f"the disk of {output.parent} is full; free some space or choose another --output") from error
         raise
     finally:
@@ -44,7 +39,25 @@ def written_aside(output: str | Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _refuse_used(output: Path) -> None:
+def make_folder(folder: Path, output: Path) -> None:
+    """Makes a folder to write `output` in, if it is not there; raises Fault if it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Fault(f"cannot write to {output.parent}: {error.strerror}; choose another --output") from error
+
+
+def rename_to(output: Path, aside: Path) -> None:
+    """Gives the finished folder its name; raises Fault if the name was taken meanwhile or the disk refuses."""
+    try:
+        os.rename(aside, output)
+    except OSError as error:
+        refuse_used(output)
+        raise Fault(f"cannot rename {aside} to {output}: {error.strerror}; choose another --output") from error
+
+
+def refuse_used(output: Path) -> None:
+    """Raises Fault if `output` is there already and not an empty folder."""
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() or output.is_symlink():

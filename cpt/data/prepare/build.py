@@ -1,80 +1,57 @@
-"""Text to a corpus: read documents, tokenize them on several processes, write shards and a manifest.
+"""Text to corpora: read documents, tokenize them on several processes, write shards and manifests.
 
     inputs -> documents -> batches of about 1 MB -> worker processes -> documents of token ids -> shards
                               in order                                      in order
 
-The order of documents is that of the input and the bytes of the corpus are the same for any number of workers.
+The order of documents is that of the input, or one drawn from a seed, and the bytes of a corpus are the same for any
+number of workers. They also are the same however often the build was killed: now and then, what is done is set down
+(`checkpoint.py`) in a folder beside the output (`work_folder.py`), and the same command goes on from there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
-import numpy as np
 import xxhash
-from tqdm import tqdm
 
 from cpt.config import Fault
-from cpt.data.prepare.aside import written_aside
-from cpt.data.prepare.corpus_writer import SHARD_TOKENS, CorpusWriter
-from cpt.data.prepare.documents import Document, read_documents
+from cpt.data.megatron_index import token_type
+from cpt.data.prepare.build_progress import BuildProgress
+from cpt.data.prepare.build_report import BuildReport, report_of
+from cpt.data.prepare.checkpoint import Checkpoint
+from cpt.data.prepare.corpora import SIDES, Corpora
+from cpt.data.prepare.corpus_writer import SHARD_TOKENS
+from cpt.data.prepare.document import Document, Position
+from cpt.data.prepare.documents import read_documents
+from cpt.data.prepare.encoding import EncodedBatch, Recipe, encode_batches
+from cpt.data.prepare.input_files import STANDARD_INPUT, find_files
+from cpt.data.prepare.shuffle import Buckets
 from cpt.data.prepare.tokenizers import Tokenizer
+from cpt.data.prepare.work_folder import WorkFolder, work_folder
 
 logger = logging.getLogger(__name__)
 
 BATCH_CHARACTERS = 2**20
-# Enough batches under way to keep every worker busy while one long document is waited for.
-BATCHES_PER_WORKER = 3
-SECONDS_BETWEEN_LINES = 30.0
-NO_TOKENS = "document without tokens"
+SECONDS_BETWEEN_CHECKPOINTS = 20.0
+# Token ids kept in memory, in bytes, until they go to their files.
+LARGEST_BUFFER = 2**26
 
 
 @dataclass(frozen=True)
-class BuildReport:
-    """What was built. skipped: documents left out, by cause. held_out: the corpus of held-out documents, if asked for."""
+class _Batch:
+    """Texts and domains of documents in order, the position after them, and what was skipped up to there, by cause."""
 
-    path: Path
-    num_documents: int
-    num_tokens: int
-    num_bytes: int
-    num_shards: int
+    texts: list[str]
+    domains: list[str]
+    end: Position
     skipped: dict[str, int]
-    held_out: BuildReport | None = None
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """What a worker needs to know. Ids of None are not put before or after documents."""
-
-    tokenizer: str
-    begin_of_document: int | None
-    end_of_document: int | None
-    holdout: float
-
-
-@dataclass(frozen=True)
-class _EncodedBatch:
-    """Token ids of a batch of documents one after the other, int32, and three lists with an entry a document."""
-
-    tokens: np.ndarray
-    num_tokens: list[int]
-    num_bytes: list[int]
-    is_held_out: list[bool]
-    num_without_tokens: int
 
 
 def build_corpus(
@@ -83,65 +60,107 @@ def build_corpus(
     output: str | Path,
     *,
     text_key: str = "text",
+    id_key: str | None = None,
+    domain_key: str | None = None,
     workers: int = 1,
     append_eos: bool = True,
     prepend_bos: bool = False,
     holdout: float = 0.0,
+    shuffle_seed: int | None = None,
     on_error: str = "stop",
     shard_tokens: int = SHARD_TOKENS,
+    restart: bool = False,
     progress: bool = False,
 ) -> BuildReport:
-    """Builds the corpus `output`, which appears whole or not at all; see `read_documents` for inputs and on_error.
+    """Builds the corpus `output`, which appears whole or not at all; see `read_documents` for inputs, keys, on_error.
+
+    A build that was killed or stopped goes on when it is asked for the same again; what it has done is in
+    OUTPUT.partial until then. Text from standard input cannot be read again, so that such a build leaves nothing.
 
     tokenizer: a folder or file for `Tokenizer.open`; its files are copied into the corpus.
+    domain_key: builds one corpus a domain, OUTPUT/DOMAIN, each with its own manifest.
     workers: processes that tokenize; with 1, this one does.
     holdout: this share of documents goes to the corpus OUTPUT-held-out instead. The text of a document decides alone,
         so that it stays on its side when other documents come, go or move.
+    shuffle_seed: puts the documents in an order drawn from this seed; from 0 to before 2 ** 64.
+    restart: throws away what an earlier build left, instead of going on.
     progress: a progress bar if standard error is a terminal, else a log line now and then.
 
-    Raises Fault for faulty inputs, an output in use, a tokenizer without the ids asked for, or input without documents.
+    Raises Fault for faulty inputs, an output in use, a tokenizer without the ids asked for, input without documents,
+    another build of the same output at work, or one left that was asked for otherwise; OSError if the disk is full.
     """
     if not 0.0 <= holdout < 1.0:
         raise Fault(f"holdout = {holdout} is no share of documents; use 0 for none, or for example 0.05 for 5 %")
     if workers < 1:
         raise Fault(f"workers = {workers}; at least 1 process must tokenize")
+    if shuffle_seed is not None and not 0 <= shuffle_seed < 2**64:
+        raise Fault(f"shuffle_documents = {shuffle_seed} is no seed; use a whole number from 0 to before 2 ** 64")
     opened = Tokenizer.open(tokenizer)
-    recipe = _Recipe(
+    logger.info("tokenizing with %s", opened.engine)
+    recipe = Recipe(
         str(tokenizer),
         _required(opened.begin_of_document, "bos_token", "without --prepend-bos", tokenizer) if prepend_bos else None,
         _required(opened.end_of_document, "eos_token", "with --no-append-eos", tokenizer) if append_eos else None,
         holdout,
     )
-    skipped: Counter[str] = Counter()
-    num_without_tokens = 0
-    batches = _batches(read_documents(inputs, text_key, on_error, skipped))
-    outputs = [Path(output)]
-    if holdout:
-        outputs.append(Path(f"{Path(output)}-held-out"))
-    with contextlib.ExitStack() as stack:
-        # Left in reverse: OUTPUT is renamed last, so where it is, all is.
-        folders = [stack.enter_context(written_aside(folder)) for folder in outputs]
-        writers = [stack.enter_context(CorpusWriter(f, opened.vocabulary_size, shard_tokens)) for f in folders]
-        told = stack.enter_context(_Progress(Path(output).name, is_shown=progress))
-        for batch in stack.enter_context(contextlib.closing(_encoded(batches, recipe, workers))):
-            _write(batch, writers)
-            num_without_tokens += batch.num_without_tokens
-            told.advance(len(batch.num_tokens), batch.tokens.size, sum(batch.num_bytes))
-        _refuse_empty(writers, inputs, holdout)
-        for writer in writers:
-            writer.finish(
-                opened, inputs, end_of_document=recipe.end_of_document, begin_of_document=recipe.begin_of_document
-            )
-    if num_without_tokens:
-        skipped[NO_TOKENS] = num_without_tokens
-    return _report(outputs, writers, dict(skipped))
-
-
-def _report(outputs: list[Path], writers: list[CorpusWriter], skipped: dict[str, int]) -> BuildReport:
-    report = None
-    for path, writer in reversed(list(zip(outputs, writers, strict=True))):
-        counts = (writer.num_documents, writer.num_tokens, writer.num_bytes, writer.num_shards)
-        report = BuildReport(path, *counts, skipped, held_out=report)
+    files = find_files(inputs)
+    is_resumable = STANDARD_INPUT not in files
+    # All that decides the bytes; the number of workers does not.
+    options: dict[str, Any] = {
+        "inputs": list(map(str, inputs)),
+        "tokenizer": {file.name: xxhash.xxh64(file.read_bytes()).hexdigest() for file in opened.files},
+        "text_key": text_key,
+        "id_key": id_key,
+        "domain_key": domain_key,
+        "append_eos": append_eos,
+        "prepend_bos": prepend_bos,
+        "holdout": holdout,
+        "shuffle_documents": shuffle_seed,
+        "on_error": on_error,
+        "shard_tokens": shard_tokens,
+    }
+    outputs = {Path(f"{Path(output)}{ending}"): side for side, ending in SIDES.items() if holdout or not ending}
+    folder = work_folder(list(outputs), options, files, is_resumable=is_resumable, is_restarted=restart)
+    with folder as work:
+        checkpoint = Checkpoint() if work.journal is None else Checkpoint.from_json(work.journal)
+        if checkpoint.num_documents:
+            logger.info("going on after %s documents, from %s", f"{checkpoint.num_documents:,}", work.path)
+        elif not is_resumable:
+            logger.info("text from standard input cannot be read again; if it is stopped, this build begins anew")
+        corpora = Corpora(
+            work.path,
+            opened.vocabulary_size,
+            has_domains=domain_key is not None,
+            shard_tokens=shard_tokens,
+            states=checkpoint.corpora,
+        )
+        buckets = None
+        if shuffle_seed is not None:
+            kind = token_type(opened.vocabulary_size)
+            buckets = Buckets(work.path / "buckets", shuffle_seed, kind, checkpoint.buckets)
+        build = _Build(work, corpora, buckets, checkpoint, is_resumable)
+        if not checkpoint.is_read:
+            skipped = Counter(checkpoint.skipped)
+            keys = {"id_key": id_key, "domain_key": domain_key}
+            documents = read_documents(inputs, text_key, on_error, skipped, **keys, start=checkpoint.position)
+            done = (checkpoint.num_documents, checkpoint.num_bytes)
+            with contextlib.ExitStack() as stack:
+                told = stack.enter_context(BuildProgress(Path(output).name, progress, done))
+                encoded = encode_batches(_batches(documents, skipped), recipe, workers)
+                build.read(stack.enter_context(contextlib.closing(encoded)), told)
+            checkpoint.skipped = dict(skipped)
+            checkpoint.is_read = True
+        build.merge()
+        if not checkpoint.is_finished:
+            _refuse_empty(corpora, inputs, holdout)
+            build.write_checkpoint()
+            ids = {"end_of_document": recipe.end_of_document, "begin_of_document": recipe.begin_of_document}
+            corpora.finish(opened, inputs, **ids)
+            checkpoint.is_finished = True
+            build.write_checkpoint()
+        report = report_of(outputs, corpora, checkpoint, domain_key is not None)
+        # OUTPUT is renamed last, so where it is, all is.
+        work.publish({work.path / side: path for path, side in reversed(outputs.items())})
     return report
 
 
@@ -153,132 +172,123 @@ def _required(token_id: int | None, name: str, way_out: str, tokenizer: str | Pa
     return token_id
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
-    """Texts in order, in lists of about a megabyte."""
-    batch: list[str] = []
+def _batches(documents: Iterable[Document], skipped: Counter[str]) -> Iterator[_Batch]:
+    """Documents in order, in batches of about a megabyte of text."""
+    texts: list[str] = []
+    domains: list[str] = []
     characters = 0
+    end = Position()
     for document in documents:
-        batch.append(document.text)
+        texts.append(document.text)
+        domains.append(document.domain)
+        end = document.end
         characters += len(document.text)
         if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-class _Encoder:
-    """Tokenizes batches; every worker process holds one."""
-
-    def __init__(self, recipe: _Recipe) -> None:
-        self._recipe = recipe
-        self._tokenizer = Tokenizer.open(recipe.tokenizer)
-        self._before = [] if recipe.begin_of_document is None else [recipe.begin_of_document]
-        self._after = [] if recipe.end_of_document is None else [recipe.end_of_document]
-
-    def encode(self, texts: list[str]) -> _EncodedBatch:
-        pieces: list[np.ndarray] = []
-        num_tokens, num_bytes, is_held_out = [], [], []
-        for text in texts:
-            ids = self._tokenizer.encode(text)
-            if ids.size == 0:
-                continue
-            encoded = text.encode()
-            pieces += [np.array(self._before, np.int32), ids, np.array(self._after, np.int32)]
-            num_tokens.append(len(self._before) + ids.size + len(self._after))
-            num_bytes.append(len(encoded))
-            is_held_out.append(xxhash.xxh64_intdigest(encoded) < self._recipe.holdout * 2**64)
-        tokens = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
-        return _EncodedBatch(tokens, num_tokens, num_bytes, is_held_out, len(texts) - len(num_tokens))
-
-
-_encoder_of_this_worker: _Encoder | None = None
-
-
-def _start_worker(recipe: _Recipe) -> None:
-    global _encoder_of_this_worker
-    # Ctrl-C reaches the whole group; the parent alone decides what to do about it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder_of_this_worker = _Encoder(recipe)
-
-
-def _end_with_parent() -> None:
-    # A parent that was killed cannot end its workers, which would wait for work forever.
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _encode_in_worker(texts: list[str]) -> _EncodedBatch:
-    return _encoder_of_this_worker.encode(texts)
-
-
-def _encoded(batches: Iterator[list[str]], recipe: _Recipe, workers: int) -> Iterator[_EncodedBatch]:
-    """The batches encoded, in order, a bounded number of them under way."""
-    if workers == 1:
-        yield from map(_Encoder(recipe).encode, batches)
-        return
-    # A forked copy of a process with threads (Arrow's, torch's) can hang; a fresh one cannot.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(recipe,))
-    under_way: deque[Future[_EncodedBatch]] = deque()
-    try:
-        for batch in batches:
-            under_way.append(pool.submit(_encode_in_worker, batch))
-            if len(under_way) >= BATCHES_PER_WORKER * workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-    except BrokenProcessPool as error:
-        raise Fault(
-            f"one of {workers} worker processes died, most often for want of memory; use fewer --workers"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _write(batch: _EncodedBatch, writers: list[CorpusWriter]) -> None:
-    start = 0
-    for num_tokens, num_bytes, is_held_out in zip(batch.num_tokens, batch.num_bytes, batch.is_held_out, strict=True):
-        writers[is_held_out].add_document(batch.tokens[start : start + num_tokens], num_bytes)
-        start += num_tokens
-
-
-def _refuse_empty(writers: list[CorpusWriter], inputs: Sequence[str | Path], holdout: float) -> None:
-    counts = [writer.num_documents for writer in writers]
-    if not any(counts):
-        raise Fault(f"no document with text in {', '.join(map(str, inputs))}; a corpus is made of text")
-    if not all(counts):
-        side = "held out" if counts[0] else "left to train on"
-        raise Fault(f"of {sum(counts):,} documents, none is {side} at --holdout {holdout:.2%}; use another share")
+            yield _Batch(texts, domains, end, dict(skipped))
+            texts, domains, characters = [], [], 0
+    if texts:
+        yield _Batch(texts, domains, end, dict(skipped))
 
 
 @final
-class _Progress:
-    """Tells how far a build is: a bar on a terminal, else a log line now and then."""
+class _Build:
+    """The state of a build: documents go to the corpora, or first to the buckets of a shuffle."""
 
-    def __init__(self, name: str, is_shown: bool) -> None:
-        self._is_shown = is_shown
-        self._name = name
-        self._bar = tqdm(desc=name, unit="B", unit_scale=True, disable=not (is_shown and sys.stderr.isatty()))
-        self._begin = self._last_line = time.monotonic()
-        self._documents = self._tokens = self._bytes = 0
+    def __init__(
+        self,
+        work: WorkFolder,
+        corpora: Corpora,
+        buckets: Buckets | None,
+        checkpoint: Checkpoint,
+        is_resumable: bool,
+    ) -> None:
+        self._work = work
+        self._corpora = corpora
+        self._buckets = buckets
+        self._checkpoint = checkpoint
+        self._is_resumable = is_resumable
+        self._buffered = 0
+        self._last_checkpoint = time.monotonic()
 
-    def advance(self, num_documents: int, num_tokens: int, num_bytes: int) -> None:
-        self._documents += num_documents
-        self._tokens += num_tokens
-        self._bytes += num_bytes
-        now = time.monotonic()
-        rate = self._tokens / max(now - self._begin, 1e-9)
-        self._bar.update(num_bytes)
-        self._bar.set_postfix_str(f"{self._documents:,} documents, {rate:,.0f} tokens/s", refresh=False)
-        if self._is_shown and self._bar.disable and now - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            documents, tokens = f"{self._documents:,}", f"{self._tokens:,}"
-            logger.info("%s: %s documents, %s tokens, %.0f tokens/s", self._name, documents, tokens, rate)
+    def read(self, encoded: Iterable[tuple[_Batch, EncodedBatch]], told: BuildProgress) -> None:
+        """Takes in documents until there are no more."""
+        for batch, tokens in encoded:
+            self._take(batch, tokens)
+            told.advance(len(batch.texts), tokens.tokens.size, sum(tokens.num_bytes))
+            self._checkpoint.position = batch.end
+            self._checkpoint.skipped = batch.skipped
+            self._after_writing()
 
-    def __enter__(self) -> _Progress:
-        return self
+    def _take(self, batch: _Batch, encoded: EncodedBatch) -> None:
+        start = 0
+        done = self._checkpoint
+        rows = zip(batch.domains, encoded.num_tokens, encoded.num_bytes, encoded.is_held_out, strict=True)
+        for domain, num_tokens, num_bytes, is_held_out in rows:
+            if num_tokens == 0:
+                done.num_without_tokens += 1
+                continue
+            corpus = self._corpora.number(domain, is_held_out)
+            tokens = encoded.tokens[start : start + num_tokens]
+            if self._buckets is None:
+                self._corpora.add_document(corpus, tokens, num_bytes)
+            else:
+                self._buckets.add_document(done.num_documents, corpus, tokens, num_bytes)
+            done.num_documents += 1
+            done.num_bytes += num_bytes
+            start += num_tokens
+        self._buffered += encoded.tokens.nbytes
 
-    def __exit__(self, *details: object) -> None:
-        self._bar.close()
+    def merge(self) -> None:
+        """Takes the documents of a shuffle out of the buckets, in the order of their keys."""
+        done = self._checkpoint
+        if self._buckets is None or done.num_merged == len(self._buckets):
+            return
+        logger.info("writing %s documents in their new order", f"{done.num_documents:,}")
+        self.write_checkpoint()
+        for bucket in range(done.num_merged, len(self._buckets)):
+            for corpus, tokens, num_bytes in self._buckets.documents(bucket):
+                self._corpora.add_document(corpus, tokens, num_bytes)
+                self._buffered += tokens.nbytes
+            done.num_merged = bucket + 1
+            self._after_writing()
+
+    def _after_writing(self) -> None:
+        is_time = time.monotonic() - self._last_checkpoint >= SECONDS_BETWEEN_CHECKPOINTS
+        # A shard that is finished takes twice its place until the next checkpoint.
+        if is_time or self._corpora.has_obsolete():
+            self.write_checkpoint()
+        elif self._buffered >= LARGEST_BUFFER:
+            self._corpora.flush()
+            if self._buckets is not None:
+                self._buckets.flush()
+            self._buffered = 0
+
+    def write_checkpoint(self) -> None:
+        """Sets down what is done, and removes what only the last checkpoint needed."""
+        done = self._checkpoint
+        done.corpora = self._corpora.sync()
+        if self._buckets is not None:
+            done.buckets = [(0, 0)] * done.num_merged + self._buckets.sync()[done.num_merged :]
+        if self._is_resumable:
+            self._work.write_checkpoint(done.to_json())
+        obsolete = self._corpora.take_obsolete()
+        if self._buckets is not None:
+            obsolete += [path for bucket in range(done.num_merged) for path in self._buckets.paths(bucket)]
+        for path in obsolete:
+            path.unlink(missing_ok=True)
+        self._buffered = 0
+        self._last_checkpoint = time.monotonic()
+
+
+def _refuse_empty(corpora: Corpora, inputs: Sequence[str | Path], holdout: float) -> None:
+    counts = [sum(writer.num_documents for writer in corpora.writers(side).values()) for side in (False, True)]
+    if not any(counts):
+        raise Fault(f"no document with text in {', '.join(map(str, inputs))}; a corpus is made of text")
+    if holdout and not all(counts):
+        side = "held out" if counts[0] else "left to train on"
+        raise Fault(f"of {sum(counts):,} documents, none is {side} at --holdout {holdout:.2%}; use another share")
+    for is_held_out in (False, True) if holdout else ():
+        lacking = set(corpora.writers(not is_held_out)) - set(corpora.writers(is_held_out))
+        if lacking:
+            side = "held out" if is_held_out else "left to train on"
+            logger.warning("no document is %s of: %s", side, ", ".join(sorted(lacking)))

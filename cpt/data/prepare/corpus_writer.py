@@ -2,50 +2,109 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import final
+from typing import Any, final
 
 import numpy as np
 
-from cpt.data.corpus import TOKENIZER_FOLDER, Manifest, ShardEntry
+from cpt.data.corpus import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest, ShardEntry
+from cpt.data.megatron_index import token_type
+from cpt.data.prepare.spool import Spool, SpoolSize
 from cpt.data.prepare.tokenizers import Tokenizer
 from cpt.data.shards import ShardWriter, bin_path, idx_path
 
 SHARD_TOKENS = 2**30
+RECORD = np.dtype([("num_tokens", "<i8")])
+
+
+@dataclass
+class CorpusState:
+    """How far a corpus is: its counts, the shards that are finished, and what waits for the next one."""
+
+    num_tokens: int = 0
+    num_documents: int = 0
+    num_bytes: int = 0
+    shards: list[ShardEntry] = field(default_factory=list)
+    waiting: SpoolSize = SpoolSize()
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> CorpusState:
+        """The state that `dataclasses.asdict` gave, out of a journal."""
+        shards = [ShardEntry(**entry) for entry in content["shards"]]
+        return cls(**{**content, "shards": shards, "waiting": SpoolSize(*content["waiting"])})
 
 
 @final
 class CorpusWriter:
-    """Writes the shards of one corpus into an existing folder; `finish` adds the tokenizer and the manifest.
+    """Writes the shards of one corpus into its folder; `finish` adds the tokenizer and the manifest.
+
+    folder: made when there is something to put into it. spool: beginning of the names of the files where documents
+    wait for their shard. state: where an earlier build stopped; what came after it is thrown away.
 
     A shard is closed before a document that would take it beyond `shard_tokens`, so only a single document can be
-    longer. Use it as a context manager: leaving the block by an exception removes the shard being written.
+    longer. Memory holds a few bytes a document of one shard, and what was added since `flush`.
     """
 
-    def __init__(self, folder: Path, vocabulary_size: int, shard_tokens: int = SHARD_TOKENS) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        spool: Path,
+        vocabulary_size: int,
+        shard_tokens: int = SHARD_TOKENS,
+        state: CorpusState | None = None,
+    ) -> None:
         self.folder = folder
         self.vocabulary_size = vocabulary_size
-        self.num_tokens = self.num_documents = self.num_bytes = 0
+        self.obsolete: list[Path] = []
+        self._state = state or CorpusState()
+        self._spool_prefix = spool
         self._shard_tokens = shard_tokens
-        self._shard: ShardWriter | None = None
-        self._entries: list[ShardEntry] = []
+        finished = {entry.name for entry in self._state.shards}
+        for path in folder.glob("shard-*"):
+            if path.stem not in finished:
+                path.unlink()
+        self._spool = self._open_spool(self._state.waiting)
+
+    @property
+    def num_tokens(self) -> int:
+        return self._state.num_tokens
+
+    @property
+    def num_documents(self) -> int:
+        return self._state.num_documents
+
+    @property
+    def num_bytes(self) -> int:
+        return self._state.num_bytes
 
     @property
     def num_shards(self) -> int:
-        return len(self._entries) + (self._shard is not None)
+        return len(self._state.shards) + (self._spool.num_documents > 0)
 
     def add_document(self, token_ids: np.ndarray, num_bytes: int) -> None:
         """Appends one document of token ids [tokens], whose text has num_bytes bytes in UTF-8."""
-        if self._shard is not None and self._shard.num_tokens + token_ids.size > self._shard_tokens:
+        if self._spool.num_documents and self._spool.num_tokens + token_ids.size > self._shard_tokens:
             self._close_shard()
-        if self._shard is None:
-            self._shard = ShardWriter(self.folder / f"shard-{len(self._entries):05d}", self.vocabulary_size)
-        self._shard.add_document(token_ids)
-        self.num_tokens += token_ids.size
-        self.num_documents += 1
-        self.num_bytes += num_bytes
+        self._spool.add(token_ids, (token_ids.size,))
+        self._state.num_tokens += token_ids.size
+        self._state.num_documents += 1
+        self._state.num_bytes += num_bytes
+
+    def flush(self) -> None:
+        """Frees the memory of what was added."""
+        self._spool.flush()
+
+    def sync(self) -> CorpusState:
+        """Where the corpus is, with all that the state tells of on the disk.
+
+        Once the state is set down, the files in `obsolete` can go; before, a killed build still needs them.
+        """
+        self._spool.sync()
+        return dataclasses.replace(self._state, waiting=self._spool.size)
 
     def finish(
         self,
@@ -56,8 +115,9 @@ class CorpusWriter:
         begin_of_document: int | None,
     ) -> Manifest:
         """Closes the last shard, copies the tokenizer's files and writes corpus.json."""
-        if self._shard is not None:
+        if self._spool.num_documents:
             self._close_shard()
+        self.folder.mkdir(parents=True, exist_ok=True)
         tokenizer.copy_to(self.folder / TOKENIZER_FOLDER)
         manifest = Manifest(
             tokenizer_hash=tokenizer.hash,
@@ -68,16 +128,27 @@ class CorpusWriter:
             num_documents=self.num_documents,
             num_bytes=self.num_bytes,
             inputs=tuple(map(str, inputs)),
-            shards=tuple(self._entries),
+            shards=tuple(self._state.shards),
         )
         manifest.write(self.folder)
+        for path in (self.folder / MANIFEST_NAME, *(self.folder / TOKENIZER_FOLDER).iterdir()):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         return manifest
 
+    def _open_spool(self, size: SpoolSize) -> Spool:
+        # A new name for every shard: until the next checkpoint, a killed build goes on from the files of the last one.
+        prefix = Path(f"{self._spool_prefix}-{len(self._state.shards):05d}")
+        return Spool(prefix, token_type(self.vocabulary_size), RECORD, size)
+
     def _close_shard(self) -> None:
-        shard, self._shard = self._shard, None
-        with shard:
-            pass
-        self._entries.append(
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tokens, records = self._spool.read()
+        ends = np.cumsum(records["num_tokens"]).tolist()
+        with ShardWriter(self.folder / f"shard-{len(self._state.shards):05d}", self.vocabulary_size) as shard:
+            for start, end in zip([0, *ends[:-1]], ends, strict=True):
+                shard.add_document(tokens[start:end])
+        self._state.shards.append(
             ShardEntry(
                 name=shard.prefix.name,
                 num_tokens=shard.num_tokens,
@@ -88,12 +159,5 @@ class CorpusWriter:
                 idx_xxh64=shard.idx_checksum,
             )
         )
-
-    def __enter__(self) -> CorpusWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._shard is not None:
-            self._shard.discard()
+        self.obsolete += self._spool.paths
+        self._spool = self._open_spool(SpoolSize())

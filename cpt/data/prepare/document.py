@@ -1,0 +1,92 @@
+"""What all readers of input files share: the document, its position, the keys to read, and what to do about faults."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from cpt.config import Fault
+
+logger = logging.getLogger(__name__)
+
+READ_BUFFER_BYTES = 2**20
+
+EMPTY_DOCUMENT = "empty document"
+BROKEN_JSON = "broken JSON"
+NO_TEXT_KEY = "no text under the key"
+NO_ID_KEY = "no id under the key"
+NO_DOMAIN_KEY = "no domain under the key"
+INVALID_UTF8 = "invalid UTF-8"
+DAMAGED_FILE = "damaged file"
+USUAL_ID_KEY = "id"
+
+
+class Position(NamedTuple):
+    """A place in the inputs: the number of the file, from 0, and how many of its lines or rows come before."""
+
+    file: int = 0
+    record: int = 0
+
+
+START = Position()
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text, its id (the input's own, else where it is from), and where it is from: file and line or row.
+
+    domain: what the input says under the key of the domain. end: the position after this document.
+    """
+
+    text: str
+    id: str
+    where: str
+    domain: str = ""
+    end: Position = START
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Keys or columns to read. An id of None is read where it has its usual name; a domain of None is not."""
+
+    text: str
+    id: str | None
+    domain: str | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file: its name, its number among the inputs, and how many lines or rows to pass over."""
+
+    name: str
+    number: int
+    start: int
+
+    def end(self, record: int) -> Position:
+        return Position(self.number, record)
+
+
+class Troubles:
+    """Faults in the input: raised, or counted by cause with a word about the first of each."""
+
+    def __init__(self, is_skipping: bool, counts: Counter[str]) -> None:
+        self._is_skipping = is_skipping
+        self.counts = counts
+
+    def meet(self, cause: str, what: str, way_out: str) -> None:
+        if not self._is_skipping:
+            raise Fault(f"{what}; {way_out}, or leave such input out with --on-error skip")
+        if self.counts[cause] == 0:
+            logger.warning("%s; it is skipped, and others like it are counted", what)
+        self.counts[cause] += 1
+
+
+def is_domain(value: Any) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool) and value != ""
+
+
+def shown(value: Any) -> str:
+    return f"it holds {json.dumps(value)[:40]}"

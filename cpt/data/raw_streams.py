@@ -1,0 +1,237 @@
+"""Tokens that other programs left in files without a header, read as corpora.
+
+    part-*.npy:uint16:end=0      OLMo's raw streams (no NumPy files, whatever they are called); any file of tokens
+    pile.ds, part-*.ds           datatrove's: PATH.ds with PATH.ds.index and PATH.ds.metadata
+    document                     Megatron's document.idx with document-00000-of-00020.bin and so on
+
+A header could say of which type the tokens are. Without one the path does (`:uint16`), or a file beside; it is never
+guessed. Files of a glob are one stream, in the order of their names.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from cpt.config import Fault
+from cpt.data.shards import HEADER, Shard, bin_path, idx_path
+from cpt.data.token_file import TokenFile
+
+TYPES = {"uint16": "<u2", "uint32": "<u4", "int32": "<i4"}
+# PATH:TYPE or PATH:TYPE:end=ID
+_DECLARED = re.compile(r"(?P<path>.+?):(?P<type>[a-z]+\d+)(?::end=(?P<end>\d+))?")
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.bin")
+NUMPY_MAGIC = b"\x93NUMPY"
+TOKENS_AT_ONCE = 2**24
+BYTES_IN_FINGERPRINT = 4096
+
+
+class RawStreams(NamedTuple):
+    """The files of a corpus, in order; the token that ends a document, where it is known; a name of the contents."""
+
+    files: list[RawStream]
+    end_of_document: int | None
+    fingerprint: str
+
+
+class RawStream(TokenFile):
+    """One file that is nothing but tokens. ends: gives the token after each document, int64 [documents].
+
+    Raises Fault if the file is missing or does not hold a whole number of tokens.
+    """
+
+    def __init__(self, file: Path, dtype: np.dtype, ends: Callable[[RawStream], np.ndarray]) -> None:
+        super().__init__(file, file)
+        self.dtype = dtype
+        self._ends = ends
+        num_bytes = _size(file)
+        if num_bytes % dtype.itemsize:
+            raise Fault(
+                f"{file} has {num_bytes:,} bytes, no whole number of {dtype.name} tokens; it is damaged or of another "
+                "type: copy it again, or name its true type"
+            )
+        self.num_tokens = num_bytes // dtype.itemsize
+
+    @cached_property
+    def document_starts(self) -> np.ndarray:
+        ends = self._ends(self)
+        # What follows the last end, if anything, is a document too.
+        return np.unique(np.concatenate(([0], ends, [self.num_tokens])).astype(np.int64))
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.document_starts) - 1
+
+    def document(self, index: int) -> np.ndarray:
+        """Tokens of one document, read-only, without a copy."""
+        if not 0 <= index < self.num_documents:
+            raise ValueError(f"document {index} is not among the {self.num_documents} of {self.prefix}")
+        return self.read(*self.document_starts[index : index + 2].tolist())
+
+
+def open_raw_streams(path: str | Path) -> RawStreams | None:
+    """The streams at a path as the head of this file has them; None if the path is none of those.
+
+    Looks at the sizes of the files and at a few bytes of each. Raises Fault for what is missing or does not fit.
+    """
+    declared = _DECLARED.fullmatch(str(path))
+    if declared:
+        return _declared_streams(declared["path"], declared["type"], declared["end"])
+    if str(path).endswith(".npy"):
+        raise Fault(
+            f"{path} holds raw tokens and does not say of which type; name it, {path}:uint16 or {path}:uint32, "
+            "with :end=ID behind if a token of that id ends each document"
+        )
+    if str(path).endswith(".ds"):
+        return _of_files([_open_datatrove(file) for file in _files(str(path))], None)
+    prefix = path.with_suffix("") if Path(path).suffix == ".idx" else Path(path)
+    if idx_path(prefix).exists() and not bin_path(prefix).exists():
+        return _open_split(prefix)
+    return None
+
+
+def _declared_streams(path: str, type_name: str, end: str | None) -> RawStreams:
+    if type_name not in TYPES:
+        raise Fault(f"{path}:{type_name}: tokens are not stored as {type_name}; known: {', '.join(TYPES)}")
+    dtype = np.dtype(TYPES[type_name])
+    end_of_document = None if end is None else int(end)
+    if end_of_document is not None and end_of_document > np.iinfo(dtype).max:
+        raise Fault(f"{path}:{type_name}:end={end}: {type_name} holds no {end}; name the id of the token, or no end")
+    streams = []
+    for file in _files(path):
+        streams.append(RawStream(file, dtype, lambda stream: _ends_by_token(stream, end_of_document)))
+        with file.open("rb") as opened:
+            if opened.read(len(NUMPY_MAGIC)) == NUMPY_MAGIC:
+                raise Fault(
+                    f"{file} is a NumPy file with a header, not raw tokens; write its tokens with "
+                    "numpy.load(FILE).tofile(NEW_FILE)"
+                )
+    return _of_files(streams, end_of_document)
+
+
+def _files(path: str) -> list[Path]:
+    files = sorted(map(Path, glob.glob(path))) if glob.has_magic(path) else [Path(path)]
+    if not files:
+        raise Fault(f"no files match {path}")
+    return files
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise Fault(f"cannot read {file}: {error.strerror}") from error
+
+
+def _of_files(files: list[RawStream], end_of_document: int | None) -> RawStreams:
+    """With the fingerprint: of the types, the sizes, and the first bytes of each file."""
+    contents = xxhash.xxh64()
+    for stream in files:
+        contents.update(f"{stream.dtype.name} {stream.num_tokens}\n".encode())
+        with stream.prefix.open("rb") as file:
+            contents.update(file.read(BYTES_IN_FINGERPRINT))
+    return RawStreams(files, end_of_document, contents.hexdigest())
+
+
+def _ends_by_token(stream: RawStream, end_of_document: int | None) -> np.ndarray:
+    if end_of_document is None:
+        return np.empty(0, np.int64)
+    starts = range(0, stream.num_tokens, TOKENS_AT_ONCE)
+    pieces = [stream.tokens[start : start + TOKENS_AT_ONCE] for start in starts]
+    ends = [start + 1 + np.flatnonzero(piece == end_of_document) for start, piece in zip(starts, pieces, strict=True)]
+    return np.concatenate(ends) if ends else np.empty(0, np.int64)
+
+
+def _open_datatrove(file: Path) -> RawStream:
+    """One .ds file; the type of its tokens follows from its metadata."""
+    index, metadata = Path(f"{file}.index"), Path(f"{file}.metadata")
+    missing = [str(path) for path in (file, index, metadata) if not path.is_file()]
+    if missing:
+        raise Fault(
+            f"{missing[0]} is missing; datatrove writes {file.name}, {index.name} and {metadata.name}. "
+            f"Without the last two, name the type of the tokens: {file}:uint16"
+        )
+    num_bytes = _size(file)
+    num_tokens, token_bytes = _read_metadata(metadata, num_bytes)
+    if token_bytes not in (2, 4) or num_tokens * token_bytes != num_bytes:
+        raise Fault(
+            f"{file} has {num_bytes:,} bytes where {metadata.name} tells of {num_tokens:,} tokens, which take 2 or 4 "
+            "bytes each; copy or write all three files again"
+        )
+    stream = RawStream(file, np.dtype(f"<u{token_bytes}"), lambda _: np.fromfile(index, dtype="<u8").astype(np.int64))
+    with index.open("rb") as opened:
+        opened.seek(max(0, _size(index) - 8))
+        last = opened.read()
+    if _size(index) % 8 or int.from_bytes(last, "little") != num_tokens:
+        raise Fault(f"{index} does not end at the {num_tokens:,} tokens of {file.name}; copy or write both files again")
+    return stream
+
+
+def _read_metadata(metadata: Path, num_bytes: int) -> tuple[int, int]:
+    """Number of tokens and bytes of each. Two lines matter: `TOKENIZER|BYTES`, without |BYTES in old files; tokens."""
+    lines = metadata.read_text(encoding="utf-8").splitlines()
+    try:
+        num_tokens = int(lines[1])
+        _, bar, token_bytes = lines[0].rpartition("|")
+        return num_tokens, int(token_bytes) if bar else num_bytes // max(1, num_tokens)
+    except (IndexError, ValueError) as error:
+        raise Fault(
+            f"{metadata} is not as datatrove writes it: TOKENIZER|BYTES in its first line, the number of tokens in its "
+            "second; write it again"
+        ) from error
+
+
+class _IndexOfParts(Shard):
+    """The .idx file of a .bin file that was split."""
+
+    def __init__(self, prefix: Path, parts: list[Path]) -> None:
+        self._parts = parts
+        super().__init__(prefix)
+
+    def _size_of_bin(self) -> int:
+        return sum(_size(part) for part in self._parts)
+
+
+def _open_split(prefix: Path) -> RawStreams | None:
+    """The parts PREFIX-00000-of-NNNNN.bin; None if there are none. A document cut by a part's end counts in both."""
+    found = prefix.parent.glob(f"{glob.escape(prefix.name)}-*.bin")
+    numbers = {path: match for path in found if (match := _PART.fullmatch(path.name[len(prefix.name) :]))}
+    parts = sorted(numbers)
+    if not parts:
+        return None
+    there = [int(numbers[part][1]) for part in parts]
+    last = int(numbers[parts[0]][2])
+    # Pythia's parts count to NNNNN, others end one before.
+    expected = range(last + 1 if last in there else last)
+    if len({match[2] for match in numbers.values()}) > 1 or there != list(expected):
+        absent = sorted(set(expected) - set(there))
+        what = f"part {absent[0]} is missing" if absent else "they are of several splits"
+        raise Fault(f"the parts {prefix}-*.bin do not make one file: {what}; put all parts of one split there")
+    index = _IndexOfParts(prefix, parts)
+    files: list[RawStream] = []
+    first_token = 0
+    for part in parts:
+        stream = RawStream(part, index.dtype, lambda stream, first=first_token: _ends_in_part(stream, index, first))
+        first_token += stream.num_tokens
+        files.append(stream)
+    return RawStreams(files, None, fingerprint_of_index(prefix, first_token * index.dtype.itemsize))
+
+
+def _ends_in_part(stream: RawStream, index: Shard, first_token: int) -> np.ndarray:
+    ends = index.document_starts - first_token
+    return ends[(ends > 0) & (ends < stream.num_tokens)]
+
+
+def fingerprint_of_index(prefix: Path, bin_bytes: int) -> str:
+    """A name of the contents of a Megatron prefix, which has no checksums: of sizes and the head of the index."""
+    with idx_path(prefix).open("rb") as file:
+        header = file.read(HEADER.size)
+    sizes = f"{idx_path(prefix).stat().st_size} {bin_bytes}"
+    return xxhash.xxh64(header + sizes.encode()).hexdigest()
