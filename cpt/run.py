@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from cpt.config import Fault, chosen_from, read_mapping, read_settings
+from cpt.config import Fault, build, chosen_from, read_mapping, read_settings
 from cpt.data.order import Replay, Source
 from cpt.engine import settings as engine_settings
 from cpt.evaluation import held_out
@@ -32,10 +32,15 @@ class Stage:
     replay: Replay | None = None
 
     def faults(self) -> list[str]:
-        """A stage without sources or tokens."""
+        """A stage without sources or tokens, a schedule that does not fit into it."""
         faults = [] if self.tokens >= 1 else [f"tokens = {self.tokens}: at least 1"]
         if not self.sources:
             faults.append("sources: name at least one, such as {code: {corpus: data/code}}")
+        if not faults and not (self.replay and self.replay.faults()):
+            try:
+                build(self.schedule, "Schedule", self.total_tokens, 0.0)
+            except Fault as fault:
+                faults.extend(fault.lines)
         return faults + [
             f"sources.{name}: names that begin with replay/ are taken by replay"
             for name in self.sources
@@ -46,13 +51,13 @@ class Stage:
     def total_tokens(self) -> int:
         """Tokens to train on, replayed ones included."""
         if self.replay and self.replay.accounting == "adds_to_new":
-            return int(self.tokens / (1 - self.replay.share))
+            return math.ceil(self.tokens / (1 - self.replay.share))
         return self.tokens
 
 
 @dataclass(frozen=True)
 class Parent:
-    """The run to continue, `at` a step or its latest checkpoint; `optimizer_state`: AdamW's moments kept, or zero again."""
+    """The run to continue, `at` a step or its latest checkpoint; `optimizer_state`: AdamW's moments, or zeros again."""
 
     run: Path
     at: str = "latest"
@@ -86,8 +91,11 @@ class Log:
     peak_tflops: float | None = None
 
     def faults(self) -> list[str]:
-        """Counts below one."""
-        return [] if self.every_steps >= 1 else [f"every_steps = {self.every_steps}: at least 1"]
+        """A count below one, a peak of nothing."""
+        faults = [] if self.every_steps >= 1 else [f"every_steps = {self.every_steps}: at least 1"]
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            faults.append(f"peak_tflops = {self.peak_tflops}: above 0; leave it out to have it found")
+        return faults
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,8 @@ class Run:
         longest = getattr(self.model, "longest_sequence", self.sequence_length)
         if self.sequence_length > longest:
             faults.append(
-                f"sequence_length = {self.sequence_length}: the model takes up to {longest}; lower it or raise model.longest_sequence"
+                f"sequence_length = {self.sequence_length}: the model takes up to {longest}; "
+                "lower it or raise model.longest_sequence"
             )
         if self.model is None and self.parent is None:
             faults.append(
@@ -160,10 +169,20 @@ def read_run(words: Sequence[str]) -> Run:
     """
     mapping = read_mapping(words)
     parent = mapping.get("parent")
-    if isinstance(parent, dict) and "run" in parent:
-        inherited = _settings_of(Path(str(parent["run"])))
-        mapping = {**{key: inherited[key] for key in ("model", "sequence_length") if key in inherited}, **mapping}
-    return read_settings(Run, mapping)
+    faults: list[str] = []
+    if isinstance(parent, dict) and isinstance(parent.get("run"), str):
+        try:
+            inherited = _settings_of(Path(os.path.expanduser(parent["run"])))
+            mapping = {**{key: inherited[key] for key in ("model", "sequence_length") if key in inherited}, **mapping}
+        except Fault as fault:
+            faults.extend(fault.lines)
+    try:
+        run = read_settings(Run, mapping)
+    except Fault as fault:
+        faults.extend(fault.lines)
+    if faults:
+        raise Fault(faults)
+    return run
 
 
 # What may change when a run is taken up again: it alters how a step is computed, not what is learned from what.
@@ -181,7 +200,7 @@ FREE_TO_CHANGE = (
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Lines that tell which settings differ between two `run.yaml` mappings, leaving out those that are free to change."""
+    """Lines that tell which settings differ between two `run.yaml` mappings, without those that are free to change."""
     old_lines, new_lines = (dict(_flat(plain)) for plain in (old, new))
     keys = [key for key in {**old_lines, **new_lines} if not _is_free(key)]
     return [
@@ -210,4 +229,4 @@ def _settings_of(folder: Path) -> dict[str, Any]:
         around = [p.parent.name for p in folder.parent.glob("*/run.yaml")] if folder.parent.is_dir() else []
         there = f"; beside it there are: {', '.join(sorted(around)[:5])}" if around else ""
         raise Fault(f"parent.run = {folder}: there is no run (no {path}){there}")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    return read_mapping([str(path)])

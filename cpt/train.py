@@ -20,10 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cpt.checkpoint import Checkpoint, Place, RunFolder, find_checkpoint
-from cpt.config import Fault, as_mapping, build, write_yaml
+from cpt.config import Fault, as_mapping, build, read_mapping, write_yaml
 from cpt.data.check import open_corpora
 from cpt.data.corpus import Corpus
 from cpt.data.loader import Batch, Loader
@@ -69,7 +67,7 @@ def train(run: Run, mesh: Mesh) -> Outcome:
         return Outcome(folder.path, _steps_of(run))
     corpora = open_corpora(_corpora_of(run), run.model.vocabulary)
     held_out = {n: HeldOut(p, run.sequence_length, run.evaluation.windows) for n, p in run.evaluation.held_out.items()}
-    _order_of(run, place)  # what is wrong with the stage is told before anything is built
+    _refuse_bad_stages(run, place)
     kernels = switch.choose(run.kernels, mesh.device)
     model = build(run.model, "Model", kernels)
     engine = Engine(
@@ -80,13 +78,13 @@ def train(run: Run, mesh: Mesh) -> Outcome:
         lambda groups: kernels.adamw(groups, 0.0, (run.optimizer.beta1, run.optimizer.beta2), run.optimizer.epsilon),
         decays=model.decays,
     )
-    _prepare_folder(run, folder, mesh, parent, corpora)
     if checkpoint is None:
         engine.fill(lambda name, start, stop: model.initial_value(name, run.seed).reshape(-1)[start:stop])
     else:
         is_resumed = parent is None or place.progress.step > 0
         keeps_moments = is_resumed or run.parent.optimizer_state == "keep"
         engine.load(checkpoint, with_optimizer=keeps_moments, with_methods=is_resumed)
+    _prepare_folder(run, folder, mesh, parent, corpora)  # no earlier: a parent that does not fit leaves nothing behind
     peak = find_peak(mesh.device, run.precision, run.log.peak_tflops)
     _tell_what_was_built(run, mesh, model, kernels, peak.origin)
     flops = model.flops_per_token(run.sequence_length)
@@ -95,7 +93,7 @@ def train(run: Run, mesh: Mesh) -> Outcome:
         journal = Journal(
             folder.path,
             mesh.is_first,
-            place.progress.step,
+            place.progress.step or -1,  # a beginning keeps nothing, not even half of the scores before the first step
             run.total_tokens,
             place.progress.tokens,
             run.log.every_steps,
@@ -134,12 +132,13 @@ class _Loop:
                 )
                 return Outcome(self.folder.path, place.progress.step, self.stop.signal or signal.SIGTERM)
         if self.mesh.is_first:
+            self._settle(place, place.ledger_before_stage)  # a run that was ended right after its last save has not
             self.folder.finish(place.progress.step, place.progress.tokens)
         _log.info("finished at step %d: %s", place.progress.step, self.folder.path)
         return Outcome(self.folder.path, place.progress.step)
 
     def _run_steps(self, stage: Stage, order: StageOrder, place: Place) -> tuple[Place, bool]:
-        """The inner loop: the steps of `stage` from `place` on. The place after them; whether a signal ended them early."""
+        """The inner loop: the steps of `stage` from `place` on. The place after them; whether a signal ended them."""
         run, num_windows, num_tokens = self.run, self.run.batch.windows, self.run.tokens_a_step
         schedule = build(stage.schedule, "Schedule", stage.total_tokens, place.rate_before_stage)
         loader = Loader(order, self.mesh.data_rank, self.mesh.data_size)
@@ -152,7 +151,7 @@ class _Loop:
             rate = schedule.rate(progress)
             is_asked = self.stop.signal is not None
             result = self.engine.step(batch.tokens, batch.sources, len(order.source_names), rate, progress, is_asked)
-            if result.skipped or not math.isfinite(result.loss):
+            if result.skipped or not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
                 self._refuse_to_go_on(progress, order, batch, result)
             place = place.after_step(num_tokens, rate, chain.lengthen(place.chain, order.identities(batch.windows)))
             self._record(stage, order, place, result, time.perf_counter() - started)
@@ -217,9 +216,13 @@ class _Loop:
         target = self.folder.checkpoint_at(place.progress.step)
         self.engine.save(target, place.as_json(ledger))
         if self.mesh.is_first:
-            self.folder.keep_newest(target, self.run.checkpoint.keep_last)
-            self.folder.write_json("ledger.json", ledger.as_json())
+            self._settle(place, ledger)
         _log.info("saved %s in %.1f s", target, time.perf_counter() - started)
+
+    def _settle(self, place: Place, ledger: Ledger) -> None:
+        """What follows a save at `place`: older checkpoints go, `latest` and `ledger.json` speak of it."""
+        self.folder.keep_newest(self.folder.checkpoint_at(place.progress.step), self.run.checkpoint.keep_last)
+        self.folder.write_json("ledger.json", ledger.as_json())
 
     def _refuse_to_go_on(self, progress: Progress, order: StageOrder, batch: Batch, result: StepResult) -> None:
         name = f"nonfinite-step-{progress.step + 1:08d}.json"
@@ -232,9 +235,9 @@ class _Loop:
             self.folder.write_json(name, {**found, "windows": windows})
         was_made = "the update was left out" if result.skipped else "the update was made"
         raise TrainingError(
-            f"step {progress.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}: not finite; {was_made} and the run "
-            f"ends. Its windows stand in {self.folder.path / name}. The last checkpoint is whole; go on from it with a "
-            "lower learning rate, in a child run (parent: {run: ...})"
+            f"step {progress.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}: not finite; {was_made} "
+            f"and the run ends. Its windows stand in {self.folder.path / name}. The last checkpoint is whole; go on from "
+            "it with a lower learning rate, in a child run (parent: {run: ...})"
         )
 
 
@@ -244,7 +247,7 @@ def _where_to_begin(
     """Place, checkpoint to load (None: initial weights) and parent; the place is None if the run is finished."""
     folder.refuse_other_contents()
     if folder.is_run:
-        began = yaml.safe_load((folder.path / "run.yaml").read_text(encoding="utf-8"))
+        began = read_mapping([str(folder.path / "run.yaml")])
         differing = differences(began, as_mapping(run))
         if differing:
             way_out = f"output = {folder.path} holds another run; name another output, or set these back:"
@@ -265,7 +268,8 @@ def _where_to_begin(
     above = RunFolder(run.parent.run)
     if run.parent.at == "latest" and not above.is_finished:
         raise Fault(
-            f"parent.run = {above.path} is not finished; start it again to let it finish, or name a step: parent.at=STEP"
+            f"parent.run = {above.path} is not finished; start it again to let it finish, "
+            "or name a step: parent.at=STEP"
         )
     checkpoint = find_checkpoint(above.checkpoints, run.parent.at)
     if checkpoint is None:
@@ -289,6 +293,24 @@ def _order_of(run: Run, place: Place) -> StageOrder:
     return StageOrder(stage.sources, stage.replay, place.ledger_before_stage, run.sequence_length, seed)
 
 
+def _refuse_bad_stages(run: Run, place: Place) -> None:
+    """Raise Fault with what is wrong with any stage that is still to come, before anything is built.
+
+    What a stage may replay is known now, because what the stages before it will consume is.
+    """
+    faults: list[str] = []
+    for index in range(place.progress.stage, len(run.stages)):
+        try:
+            order = _order_of(run, dataclasses.replace(place, progress=Progress(stage=index)))
+        except Fault as fault:
+            faults.extend(f"stages.{index}: {line}" for line in fault.lines)
+            break  # what comes after it would be told wrongly
+        ledger = order.ledger_after(run.num_steps(run.stages[index]) * run.batch.windows)
+        place = dataclasses.replace(place, ledger_before_stage=ledger)
+    if faults:
+        raise Fault(faults)
+
+
 def _corpora_of(run: Run) -> dict[str, Path]:
     """Every corpus of the run, by the setting that names it."""
     sources = {
@@ -302,14 +324,16 @@ def _corpora_of(run: Run) -> dict[str, Path]:
 def _prepare_folder(run: Run, folder: RunFolder, mesh: Mesh, parent: tree.Parent | None, corpora: list[Corpus]) -> None:
     """Make the folder with `run.yaml`, `lineage.json` and the tokenizer; start this rank's log file."""
     if mesh.is_first:
-        is_new = not folder.is_run
         folder.make()
-        tokenizer = next((corpus.tokenizer for corpus in corpora if corpus.tokenizer), None)
-        if is_new:
-            tree.write_lineage(folder.path, parent)
-            if tokenizer:
-                shutil.copytree(tokenizer, folder.path / "tokenizer", dirs_exist_ok=True)
+        # First: it makes the folder a run's. What comes after is made again if the run was ended in between.
         write_yaml(run, folder.path / "run.yaml", "Every setting of this run; cpt train FILE starts the same again.")
+        if not (folder.path / "lineage.json").is_file():
+            tree.write_lineage(folder.path, parent)
+        tokenizer = next((corpus.tokenizer for corpus in corpora if corpus.tokenizer), None)
+        if tokenizer and not (folder.path / "tokenizer").is_dir():
+            aside = folder.path / "tokenizer.aside"
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(tokenizer, aside).rename(folder.path / "tokenizer")
     mesh.wait()
     log_to_file(folder.path, mesh.rank)
 

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cpt.checkpoint.write import FORMAT_VERSION, checksum, step_folder
+from cpt.checkpoint.write import FORMAT_VERSION, checkpoint_folders, checksum, step_folder
 from cpt.config import Fault
 
 _log = logging.getLogger(__name__)
+
+_NUM_MISFITS_TOLD = 8
 
 
 class Checkpoint:
@@ -38,6 +40,9 @@ class Checkpoint:
             raise Fault(f"{folder}: format {index.get('format_version')}, this version of cpt reads {FORMAT_VERSION}")
         self.state: dict[str, Any] = _read_json(folder / "state.json")
         self._tensors: dict[str, dict[str, Any]] = index["tensors"]
+        pieces = {file for of_kind in self._tensors.values() for t in of_kind.values() for *_, file, _ in t["pieces"]}
+        for name in sorted(pieces - set(sums)):
+            raise Fault(f"{folder / 'checksums.json'} does not name {name}: the checkpoint is damaged")
         self._open: dict[str, Any] = {}
 
     @property
@@ -51,14 +56,17 @@ class Checkpoint:
         return {name: tuple(tensor["shape"]) for name, tensor in self._tensors["master"].items()}
 
     def misfits(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """One line for each of these parameters that is not here, or has another shape."""
+        """One line for each parameter that is only here, only among these, or has another shape; the first few."""
         here = self.shapes
-        return [
-            f"{self.folder}: {name} is {list(here[name]) if name in here else 'missing'}, the model wants {list(shape)}; "
+        faults = [
+            f"{self.folder}: {name} is {list(here[name]) if name in here else 'missing'}, "
+            f"the model {f'wants {list(shapes[name])}' if name in shapes else 'has none'}; "
             "give the model settings of the run that the checkpoint is from, or leave them out"
-            for name, shape in shapes.items()
-            if here.get(name) != tuple(shape)
+            for name in {**shapes, **here}
+            if here.get(name) != shapes.get(name)
         ]
+        rest = len(faults) - _NUM_MISFITS_TOLD
+        return faults if rest <= 0 else [*faults[:_NUM_MISFITS_TOLD], f"... and {rest} more of this kind"]
 
     def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Elements `start` to `stop` of a parameter, flattened: [stop - start], on the CPU.
@@ -97,7 +105,7 @@ def find_checkpoint(checkpoints: Path, at: str | int = "latest", check: bool = T
     A damaged one is told loudly and the one before it is taken. None if the folder holds none at all. Raises Fault if
     that step is not there or is damaged, or if every checkpoint is.
     """
-    folders = sorted(checkpoints.glob("step-*"), key=lambda folder: folder.name)
+    folders = checkpoint_folders(checkpoints)
     if at != "latest":
         folder = step_folder(checkpoints, int(at))
         if folder not in folders:
@@ -118,8 +126,11 @@ def find_checkpoint(checkpoints: Path, at: str | int = "latest", check: bool = T
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Fault(f"{path} is missing: this is no checkpoint, or a damaged one") from None
     except (OSError, ValueError) as error:
         raise Fault(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise Fault(f"{path} holds a {type(content).__name__}, expected names and values: the checkpoint is damaged")
+    return content

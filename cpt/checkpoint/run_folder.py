@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt.checkpoint.read import Checkpoint, find_checkpoint
-from cpt.checkpoint.write import set_latest, step_folder
+from cpt.checkpoint.write import checkpoint_folders, set_latest, step_folder
 from cpt.config import Fault
 
 FINISHED = "finished.json"
@@ -40,7 +40,9 @@ class RunFolder:
         """Raise Fault if the folder holds something that is not a run."""
         if self.path.exists() and not self.path.is_dir():
             raise Fault(f"output = {self.path}: this is a file; name a folder")
-        if not self.is_run and self.path.is_dir() and any(self.path.iterdir()):
+        # What a run that was ended while it made its folder has left there is none of the user's.
+        used = self.path.is_dir() and any(not path.name.endswith(".aside") for path in self.path.iterdir())
+        if used and not self.is_run:
             raise Fault(
                 f"output = {self.path}: the folder is used, but not by a run (it has no run.yaml); "
                 "name another output, or empty it"
@@ -53,16 +55,22 @@ class RunFolder:
     def make(self) -> None:
         """Make the folder; Fault if that cannot be done."""
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Fault(f"output = {self.path}: the folder cannot be made: {error.strerror}") from None
 
     def keep_newest(self, newest: Path, number: int) -> None:
-        """Let `latest` name `newest` and remove all but the newest `number` checkpoints."""
+        """Let `latest` name `newest`, which was just saved, and remove all but the `number` that lead up to it.
+
+        Later ones are removed too: they were damaged, or the run would have gone on from them.
+        """
         set_latest(self.checkpoints, newest)
-        folders = sorted(self.checkpoints.glob("step-*"), key=lambda folder: folder.name)
-        for folder in folders[:-number]:
+        folders = checkpoint_folders(self.checkpoints)
+        until = folders.index(newest) + 1
+        for folder in folders[: max(0, until - number)] + folders[until:]:
             shutil.rmtree(folder)
+        for aside in self.checkpoints.glob(".step-*.aside"):  # of a save that was killed
+            shutil.rmtree(aside)
 
     def checkpoint_at(self, step: int) -> Path:
         """Where the checkpoint after `step` steps lies, or will lie."""

@@ -14,12 +14,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from cpt.parallel.mesh import Mesh
@@ -33,6 +34,12 @@ def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
 
+def checkpoint_folders(checkpoints: Path) -> list[Path]:
+    """The checkpoints that lie there, whole or not, by step; a folder with a name of its own is somebody else's."""
+    steps = {folder: folder.name.removeprefix("step-") for folder in checkpoints.glob("step-*")}
+    return sorted((folder for folder, step in steps.items() if step.isdecimal()), key=lambda f: int(steps[f]))
+
+
 def write_checkpoint(
     folder: Path,
     pieces: Sequence[Piece],
@@ -44,26 +51,19 @@ def write_checkpoint(
 
     `tensors`: for each kind one tensor a piece, in the order of `pieces`. `state`: anything JSON can hold, the same on
     all ranks; the first rank's is written. The folder appears by one rename when everything is on the disk; a folder of
-    that name from before is replaced. Raises OSError if the disk does not take it; then nothing has appeared.
+    that name from before is replaced. Raises OSError on every rank if a disk does not take it; then nothing appeared.
     """
     aside = folder.with_name(f".{folder.name}.aside")
-    if mesh.is_first:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    mesh.wait()
-    failure: OSError | None = None
-    try:
-        _write_pieces(aside, pieces, tensors, mesh)
-    except OSError as error:
-        failure = error
-    if mesh.any(failure is not None):  # the ranks that could write must not wait for one that could not
-        mesh.wait()
-        if mesh.is_first:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise failure or OSError(f"{folder}: another rank could not write its part of the checkpoint")
-    if mesh.is_first:
-        _finish(aside, folder, state)
-    mesh.wait()
+    for work in (
+        lambda: _make_anew(aside) if mesh.is_first else None,
+        lambda: _write_pieces(aside, pieces, tensors, mesh),
+        lambda: _finish(aside, folder, state) if mesh.is_first else None,
+    ):
+        failure = _failure_of(work)
+        if mesh.any(failure is not None):  # the ranks that could write must not wait for one that could not
+            if mesh.is_first:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise failure or OSError(f"{folder}: another rank could not write its part of the checkpoint")
 
 
 def set_latest(checkpoints: Path, folder: Path) -> None:
@@ -72,6 +72,21 @@ def set_latest(checkpoints: Path, folder: Path) -> None:
     aside.write_text(folder.name + "\n", encoding="utf-8")
     _to_disk(aside)
     aside.replace(checkpoints / "latest")
+
+
+def _failure_of(work: Callable[[], None]) -> OSError | None:
+    try:
+        work()
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        return OSError(str(error))
+    except OSError as error:
+        return error
+    return None
+
+
+def _make_anew(aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
 
 
 def _write_pieces(
@@ -109,6 +124,7 @@ def _finish(aside: Path, folder: Path, state: Mapping[str, Any]) -> None:
     (aside / "checksums.json").write_text(json.dumps(sums, indent=1), encoding="utf-8")
     for name in ("index.json", "state.json", "checksums.json"):
         _to_disk(aside / name)
+    _to_disk(aside)
     if folder.exists():
         shutil.rmtree(folder)
     aside.replace(folder)

@@ -1,7 +1,7 @@
 """The command `cpt`: one file of this folder a command, found by its name.
 
-A file holds `add_arguments(parser)`, `run(arguments) -> exit status` and `EXAMPLE`; its docstring's first line is its help.
-Exit status: 0 done, 1 failed, 2 the request cannot work, 128 + N stopped by signal N after saving.
+A file holds `add_arguments(parser)`, `run(arguments) -> exit status` and `EXAMPLE`; its docstring's first line is its
+help. Exit status: 0 done, 1 failed, 2 the request cannot work, 128 + N stopped by signal N after saving.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import ast
 import importlib
 import os
+import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,17 @@ from cpt.observe.logs import log_to_terminal
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command that `words` (the process's own, if None) ask for; its exit status."""
-    words = list(sys.argv[1:] if words is None else words)
+    status = 0
+    try:
+        status = _status_of(list(sys.argv[1:] if words is None else words))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+    return status
+
+
+def _status_of(words: list[str]) -> int:
     commands = {name.replace("_", "-"): name for name in names_of_choices("cpt.cli")}
     if not words or words[0] in ("-h", "--help"):
         print(_overview(commands))
@@ -58,9 +69,8 @@ def _told(command: str, run, arguments: argparse.Namespace) -> int:
         for line in fault.lines:
             print(f"cpt {command}: {line}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `cpt ... | head` took what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"cpt {command}: {where}{error.strerror or error}", file=sys.stderr)
@@ -68,6 +78,19 @@ def _told(command: str, run, arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"cpt {command}: stopped", file=sys.stderr)
         return 130
+
+
+def _reader_has_gone() -> bool:
+    """Whether nobody reads our output any more: `cpt ... | head` took what it wanted. What is left goes nowhere then.
+
+    Asked because a worker that died breaks a pipe too, and that is no success.
+    """
+    output = select.poll()
+    output.register(sys.stdout, 0)  # errors are told unasked
+    has_gone = bool(output.poll(0))
+    if has_gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return has_gone
 
 
 def _overview(commands: dict[str, str]) -> str:

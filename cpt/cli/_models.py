@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from cpt.checkpoint import Checkpoint, RunFolder
-from cpt.config import Fault, build, name_of_choice, read_settings
+from cpt.config import Fault, build, name_of_choice, read_mapping, read_settings
 from cpt.config.choices import settings_of_choice
 from cpt.data.corpus import Corpus
+from cpt.data.shards import idx_path
 from cpt.huggingface.load import read_folder
 from cpt_kernels import switch
 
@@ -50,7 +50,7 @@ class TrainedModel:
     def held_out(self) -> dict[str, Path]:
         """The held-out corpora that its run names; those whose files are gone are left out."""
         named = self.run_settings.get("evaluation", {}).get("held_out", {})
-        return {name: Path(path) for name, path in named.items() if Path(path).exists()}
+        return {name: path for name, path in zip(named, map(Path, named.values()), strict=True) if _is_there(path)}
 
     def windows_of_held_out(self, num_windows: int = 8) -> torch.Tensor | None:
         """The first windows of the first held-out corpus, [num_windows, S + 1]; None if there is none."""
@@ -80,8 +80,15 @@ def open_model(path: Path) -> TrainedModel:
     )
 
 
+def _is_there(corpus: Path) -> bool:
+    """A folder or a file, or a prefix in Megatron's format."""
+    return corpus.exists() or idx_path(corpus).exists()
+
+
 def _of_run(run: Path, checkpoint: Checkpoint) -> TrainedModel:
-    plain = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
+    if not (run / "run.yaml").is_file():
+        raise Fault(f"{run / 'run.yaml'} is missing: it says which model a checkpoint is of; copy the run's beside it")
+    plain = read_mapping([str(run / "run.yaml")])
     model = dict(plain["model"])
     settings = read_settings(settings_of_choice("cpt.models", model.pop("name")), model, "model")
     tokenizer = run / "tokenizer"

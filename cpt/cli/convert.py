@@ -70,7 +70,8 @@ def _export(arguments: argparse.Namespace) -> int:
     print(f"exported {arguments.output} ({dtype}); certificate.json says:")
     print(f"  loss {probe['loss_trained']:.6f} as trained, {probe['loss_transformers']:.6f} under transformers")
     print(
-        f"  top-1 agreement {probe['top_1_agreement']:.2%}, largest logit difference {probe['largest_logit_difference']:.2e}"
+        f"  top-1 agreement {probe['top_1_agreement']:.2%}, "
+        f"largest logit difference {probe['largest_logit_difference']:.2e}"
     )
     return 0
 
@@ -105,7 +106,8 @@ def _import(arguments: argparse.Namespace) -> int:
         raise
     print(f"imported {arguments.folder} ({name}, {settings.num_parameters:,} parameters) to {folder.path}")
     print(
-        f"continue it with   parent: {{run: {folder.path}}}   and corpora built with --tokenizer {folder.path}/tokenizer"
+        f"continue it with   parent: {{run: {folder.path}}}   "
+        f"and corpora built with --tokenizer {folder.path}/tokenizer"
     )
     return 0
 

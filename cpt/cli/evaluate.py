@@ -30,11 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print one line a corpus."""
     trained = open_model(arguments.model)
-    paths = {path.name: path for path in arguments.corpora or []} or trained.held_out()
+    paths = _by_name(arguments.corpora or []) or trained.held_out()
     if not paths:
-        raise Fault("--corpora is not given, and the run names no held-out ones; name at least one corpus")
-    length = arguments.sequence_length or trained.run_settings.get("sequence_length")
-    length = length or min(2048, trained.settings.longest_sequence)
+        raise Fault("--corpora is not given, and no held-out corpus of the run is there; name at least one corpus")
+    longest = trained.settings.longest_sequence
+    length = trained.run_settings.get("sequence_length", min(2048, longest))
+    if arguments.sequence_length is not None:
+        length = arguments.sequence_length
+    faults = [] if arguments.windows >= 0 else [f"--windows = {arguments.windows}: at least 1, or 0 for all"]
+    if not 1 <= length <= longest:
+        faults.append(f"--sequence-length = {length}: the model takes up to {longest}, and at least 1")
+    if faults:
+        raise Fault(faults)
     open_corpora({f"--corpora {path}": path for path in paths.values()}, trained.settings.vocabulary)
     model = trained.built()
     device = next(model.parameters()).device
@@ -56,3 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
         bits = f"{row['bits_per_byte']:.4f}" if row["bits_per_byte"] is not None else "unknown"
         print(f"{name:<28} {row['loss']:>9.4f} {math.exp(row['loss']):>11.2f} {bits:>10} {row['tokens']:>12,}")
     return 0
+
+
+def _by_name(paths: list[Path]) -> dict[str, Path]:
+    """The corpora by the names of their folders; by their whole paths where two folders have one name."""
+    names = [path.name for path in paths]
+    return {path.name if names.count(path.name) == 1 else str(path): path for path in paths}

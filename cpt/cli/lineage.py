@@ -28,7 +28,10 @@ def run(arguments: argparse.Namespace) -> int:
     path = arguments.run / "ledger.json"
     if not path.is_file():
         raise Fault(f"{path}: the run has saved nothing yet, so its ledger is empty")
-    ledger = Ledger.from_json(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        ledger = Ledger.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise Fault(f"{path} is damaged ({error!r}); the newest checkpoint holds another copy") from None
     print("\nconsumed                 windows        tokens  epochs  corpus")
     for entry in ledger.entries:
         tokens, epochs = entry.num_consumed * entry.sequence_length, entry.num_consumed / entry.num_windows

@@ -29,8 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Train; every rank of a launcher comes here."""
     place = find_rendezvous(os.environ, arguments.local_rank, pick_free_port)
     log_to_terminal(place.rank)
+    is_everybodys = True  # all ranks find the same faults in the settings, and the first one tells
     try:
         settings = read_run(arguments.settings)
+        is_everybodys = False  # why a rank cannot meet the others, only it can tell
         num_devices = torch.cuda.device_count()
         with open_mesh(
             settings.mesh,
@@ -41,13 +43,14 @@ def run(arguments: argparse.Namespace) -> int:
             address=place.master_address,
             port=place.master_port,
         ) as mesh:
+            is_everybodys = True
             outcome = train(settings, mesh)
     except TrainingError as error:
-        print(f"cpt train: {error}", file=sys.stderr)
+        if place.rank == 0:  # all ranks end with the same
+            print(f"cpt train: {error}", file=sys.stderr)
         return 1
-    except Fault as fault:
-        # All ranks find the same faults; one of them tells.
-        if place.rank == 0 or "rank" in str(fault):
+    except Fault:
+        if place.rank == 0 or not is_everybodys:
             raise
         return 2
     return 128 + outcome.signal if outcome.signal else 0

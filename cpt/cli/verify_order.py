@@ -35,4 +35,7 @@ def _order(folder: Path) -> list[dict]:
     path = folder / "order.jsonl"
     if not path.is_file():
         raise Fault(f"{folder} is no run folder: it has no order.jsonl")
-    return list(read_records(path))
+    try:
+        return list(read_records(path))
+    except ValueError as error:
+        raise Fault(f"{path} is damaged: {error}") from None

@@ -21,7 +21,7 @@ class Fault(ValueError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """An ending for a message about an unknown name: the names that look most like it, or all of them if few."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(close) + "?"
     return "known: " + ", ".join(known)

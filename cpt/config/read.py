@@ -2,8 +2,8 @@
 
     files --yaml--> mapping --merge left to right--> mapping --key=value--> mapping --types--> settings
 
-Types understood: int (also `300M`, `1.5B`, `64K`), float (also `3e-4`, which YAML calls a string), bool, str, Path,
-Fraction (a share: `0.25` or `25%`), Literal, Optional, tuple, dict, nested dataclasses, and folders of choices.
+Types understood: int (also `300M`, `1.5B`, `64K`), float, bool, str, Path, Fraction (a share: `0.25`, `1/3` or `25%`),
+Literal, Optional, tuple, dict, nested dataclasses, and folders of choices.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cpt.config.choices import name_of_choice, settings_of_choice
 from cpt.config.faults import Fault, nearest
+from cpt.config.yaml_text import from_yaml
 
 _MULTIPLES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -32,9 +31,8 @@ def read_mapping(words: Sequence[str]) -> dict[str, Any]:
     faults: list[str] = []
     merged: dict[str, Any] = {}
     for word in words:
-        is_assignment = "=" in word and not Path(word).is_file()
         try:
-            part = _read_assignment(word) if is_assignment else _read_file(Path(word))
+            part = _read_assignment(word) if _is_assignment(word) else _read_file(Path(word))
             _merge(merged, part)
         except Fault as fault:
             faults.extend(fault.lines)
@@ -43,9 +41,16 @@ def read_mapping(words: Sequence[str]) -> dict[str, Any]:
     return merged
 
 
+def _is_assignment(word: str) -> bool:
+    try:
+        return "=" in word and not Path(word).is_file()
+    except OSError:  # a long value is no file name
+        return True
+
+
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise Fault(f"{path}: there is no such file; name a YAML file of settings, then key=value words") from None
     except IsADirectoryError:
@@ -54,10 +59,10 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise Fault(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise Fault(f"{path} is not UTF-8 text: byte {error.start}; save it as UTF-8") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark else ""
-        raise Fault(f"{path}{place}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    try:
+        loaded = from_yaml(text)
+    except Fault as fault:
+        raise Fault(f"{path}: {fault}") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -70,29 +75,30 @@ def _read_assignment(word: str) -> dict[str, Any]:
     if not key or not all(key.split(".")):
         raise Fault(f"{word}: write it as key=value, such as seed=2 or batch.windows=64")
     try:
-        value: Any = yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
+        value: Any = from_yaml(text)
+    except Fault:
         raise Fault(f"{word}: the value is not YAML; quote it, such as {key}='text'") from None
     for name in reversed(key.split(".")):
         value = {name: value}
     return value
 
 
-def _merge(into: dict[str, Any], part: Mapping[str, Any]) -> None:
-    """Later wins; mappings are merged by key; `list.0.key` reaches into a list that is already there."""
+def _merge(into: dict[str, Any], part: Mapping[str, Any], where: str = "") -> None:
+    """Later wins; mappings are merged by key, an empty one empties; `list.0.key` reaches into a list that is there."""
     for key, value in part.items():
         old = into.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
+        if value and isinstance(value, dict) and isinstance(old, dict):
             if "name" in value and value["name"] != old.get("name") and "name" in old:
                 into[key] = dict(value)  # another choice has other settings: nothing of the old one is kept
             else:
-                _merge(old, value)
-        elif isinstance(value, dict) and isinstance(old, list) and all(str(k).isdigit() for k in value):
+                _merge(old, value, _join(where, key))
+        elif value and isinstance(value, dict) and isinstance(old, list) and all(str(k).isdecimal() for k in value):
             for index, item in ((int(k), v) for k, v in value.items()):
+                place = f"{_join(where, key)}.{index}"
                 if index >= len(old):
-                    raise Fault(f"{key}.{index}: the list has {len(old)} entries, counted from 0")
+                    raise Fault(f"{place}: the list has {len(old)} entries, counted from 0")
                 if isinstance(item, dict) and isinstance(old[index], dict):
-                    _merge(old[index], item)
+                    _merge(old[index], item, place)
                 else:
                     old[index] = item
         else:
@@ -103,7 +109,8 @@ def read_settings(kind: type, mapping: Mapping[str, Any], where: str = "") -> An
     """A `kind` filled from `mapping`, fields left out at their defaults.
 
     Asks every dataclass it makes for its own contradictions through `faults() -> list[str]`, where it has one.
-    Raises Fault with every mistake at once: unknown names with near ones, wrong types, missing and contradictory values.
+    Raises Fault with every mistake at once: unknown names with near ones, wrong types, values that are missing or
+    contradict one another.
     """
     faults: list[str] = []
     settings = _dataclass(kind, mapping, where, faults)
@@ -194,14 +201,19 @@ def _value(hint: Any, value: Any, where: str, faults: list[str]) -> Any:
         if not isinstance(value, Mapping):
             faults.append(f"{where} = {value!r}: expected 'name: value' lines, got {_kind_of(value)}")
             return _WRONG
-        pairs = {str(k): _value(inner[1], v, _join(where, k), faults) for k, v in value.items()}
+        pairs = {
+            _value(inner[0], k, f"a name in {where}", faults): _value(inner[1], v, _join(where, k), faults)
+            for k, v in value.items()
+        }
+        if any(k is _WRONG for k in pairs):
+            return _WRONG
         return _WRONG if any(v is _WRONG for v in pairs.values()) else pairs
     return _plain(hint, value, where, faults)
 
 
 def _known(names: Iterable[Any], value: Any, where: str, faults: list[str]) -> Any:
-    if value in names and type(value) is not bool:
-        return value
+    if type(value) is not bool and value in names:
+        return next(name for name in names if name == value)  # 1 where the file says 1.0
     faults.append(f"{where} = {value!r} is not known; {nearest(str(value), [str(n) for n in names])}")
     return _WRONG
 
@@ -209,7 +221,7 @@ def _known(names: Iterable[Any], value: Any, where: str, faults: list[str]) -> A
 def _plain(hint: type, value: Any, where: str, faults: list[str]) -> Any:
     try:
         return _READERS[hint](value)
-    except (ValueError, TypeError, ZeroDivisionError):
+    except (ValueError, TypeError, ArithmeticError):
         faults.append(f"{where} = {value!r}: expected {_EXPECTED[hint]}")
         return _WRONG
 
@@ -250,7 +262,7 @@ def _read_bool(value: Any) -> bool:
 
 
 def _read_text(value: Any) -> str:
-    if isinstance(value, (Mapping, list)) or value is None:
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise TypeError(value)
     return str(value)
 
@@ -258,13 +270,17 @@ def _read_text(value: Any) -> str:
 def _read_path(value: Any) -> Path:
     if not isinstance(value, (str, Path)) or not str(value):
         raise TypeError(value)
-    return Path(value).expanduser()
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:  # ~somebody who is not there
+        raise ValueError(value) from error
 
 
 _READERS = {int: _read_int, float: _read_float, bool: _read_bool, str: _read_text, Path: _read_path,
             Fraction: _read_share}  # fmt: skip
 _EXPECTED = {int: "a whole number, such as 2048 or 300M", float: "a number, such as 3e-4", bool: "true or false",
-             str: "text", Path: "a path", Fraction: "a share, such as 0.25 or 25%"}  # fmt: skip
+             str: "text, in quotes if it looks like a number", Path: "a path, in quotes if it looks like a number",
+             Fraction: "a share, such as 0.25 or 25%"}  # fmt: skip
 
 
 def as_mapping(settings: Any) -> Any:

@@ -31,7 +31,8 @@ class Mixture:
         self.period = math.lcm(*(share.denominator for share in self.shares))
         if self.period > LONGEST_PERIOD:
             raise ValueError(
-                f"shares {[float(s) for s in shares]} repeat only after {self.period} slots; write them with fewer digits"
+                f"shares {[float(s) for s in shares]} repeat only after {self.period} slots; "
+                "write them with fewer digits"
             )
         quotas = [int(share * self.period) for share in self.shares]
         self._pattern = _tijdeman(quotas, self.period)  # [period]

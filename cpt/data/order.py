@@ -11,7 +11,7 @@ Letters: N slots asked for, S sequence length.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -66,7 +66,7 @@ class _Stream:
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows of N slots: `stream` [N] numbers the sources, `first_token` [N] is a place in that source's corpus."""
+    """The windows of N slots: `stream` [N] numbers the sources, `first_token` [N] is a place in the source's corpus."""
 
     stream: np.ndarray
     first_token: np.ndarray
@@ -77,7 +77,7 @@ class StageOrder:
 
     Sources are numbered: the new ones as the stage names them, then one for each entry that replay may draw from, named
     `replay/<source>`. Raises Fault with everything that cannot work: a corpus that is not there or too short, replay
-    without a past, a corpus of the past that has changed since.
+    without a past, a corpus of the past that has changed since or was cut into windows of another length.
     """
 
     def __init__(
@@ -90,7 +90,9 @@ class StageOrder:
         self._pools: dict[int, Permutation] = {}
         faults: list[str] = []
         new = [self._try(self._new_stream, faults, name, source) for name, source in sources.items()]
-        past = [self._try(self._past_stream, faults, entry) for entry in ledger.entries] if self._replay_share else []
+        at_hand = {stream.corpus.fingerprint: stream.corpus for stream in new if stream}
+        entries = ledger.entries if self._replay_share else ()
+        past = [self._try(self._past_stream, faults, entry, at_hand) for entry in entries]
         if self._replay_share and not ledger.entries:
             faults.append(
                 "replay.share is above 0, but the lineage has consumed nothing yet; name a parent, or leave replay out"
@@ -110,8 +112,8 @@ class StageOrder:
         if faults:
             raise Fault(faults)
         self._num_new = len(new)
-        self._streams: list[_Stream] = [*new, *past]
-        # Everything replay may draw from, one row an interval: stream, epoch, first position; and where each row begins.
+        self._streams: list[_Stream] = [*new, *_with_names_of_their_own(past)]
+        # Everything replay may draw from, one row an interval: stream, epoch, first position; and where a row begins.
         rows = [
             (self._num_new + i, *interval) for i, stream in enumerate(past) for interval in stream.entry.intervals()
         ]
@@ -169,8 +171,8 @@ class StageOrder:
         num_windows = windows_an_epoch(corpus, self.sequence_length)
         if num_windows < 1:
             raise Fault(
-                f"{source.corpus} holds {corpus.num_tokens} tokens, less than two windows of {self.sequence_length + 1}; "
-                "lower sequence_length or add text"
+                f"{source.corpus} holds {corpus.num_tokens} tokens, less than two windows of "
+                f"{self.sequence_length + 1}; lower sequence_length or add text"
             )
         entry = self._ledger.find(corpus.fingerprint, self.sequence_length)
         if entry is None:
@@ -182,14 +184,23 @@ class StageOrder:
                 derive_seed(self._seed, name),
                 num_windows,
             )
+        entry = replace(entry, corpus=str(source.corpus))  # it may have been moved since
         return _Stream(name, entry, corpus, first_draw=entry.num_consumed)
 
-    def _past_stream(self, entry: Entry) -> _Stream:
-        corpus = Corpus.open(entry.corpus)
+    def _past_stream(self, entry: Entry, at_hand: Mapping[str, Corpus]) -> _Stream:
+        if entry.sequence_length != self.sequence_length:
+            raise Fault(
+                f"the lineage consumed {entry.source} at sequence_length {entry.sequence_length}; replay draws those "
+                f"windows and cannot cut them to {self.sequence_length}: set sequence_length back, or leave replay out"
+            )
+        try:
+            corpus = at_hand.get(entry.fingerprint) or Corpus.open(entry.corpus)
+        except Fault as fault:
+            raise Fault(f"replay of {entry.source}: {line}" for line in fault.lines) from None
         if corpus.fingerprint != entry.fingerprint:
             raise Fault(
-                f"{entry.corpus} has changed since the lineage consumed it as {entry.source}: replay would draw other text; "
-                "put the corpus of that time back, or leave replay out"
+                f"{entry.corpus} has changed since the lineage consumed it as {entry.source}: replay would draw other "
+                "text; put the corpus of that time back, or leave replay out"
             )
         return _Stream(f"replay/{entry.source}", entry, corpus)
 
@@ -223,6 +234,16 @@ class StageOrder:
             order = Permutation(entry.num_windows, derive_seed(entry.seed, "epoch", number))
             first[at] = order(position[at]) * self.sequence_length + epoch_offset(entry, number)
         return first
+
+
+def _with_names_of_their_own(streams: list[_Stream]) -> list[_Stream]:
+    """The streams, numbered where runs of the lineage called different corpora the same: loss is told by name."""
+    names = [stream.name for stream in streams]
+    before = [names[:index].count(name) for index, name in enumerate(names)]
+    return [
+        replace(stream, name=f"{stream.name}-{number + 1}") if number else stream
+        for stream, number in zip(streams, before, strict=True)
+    ]
 
 
 def windows_an_epoch(corpus: Corpus, sequence_length: int) -> int:

@@ -32,8 +32,9 @@ class Permutation:
         self._keys = words.astype(np.uint64).reshape(_NUM_ROUNDS, 2)
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """The numbers [n] int64 that stand at `positions` [n] of the shuffled order."""
-        out = np.asarray(positions, dtype=np.uint64)
+        """The numbers [n] int64 that stand at `positions` [n] of the shuffled order; a single one for a single one."""
+        shape = np.shape(positions)
+        out = np.array(positions, dtype=np.uint64, ndmin=1)
         if out.size and int(out.max()) >= self.size:
             raise ValueError(f"position {int(out.max())} in an order of {self.size}")
         out = self._rounds(out)
@@ -41,7 +42,7 @@ class Permutation:
         while beyond.any():
             out[beyond] = self._rounds(out[beyond])
             beyond = out >= self.size
-        return out.astype(np.int64)
+        return out.astype(np.int64).reshape(shape)
 
     def _rounds(self, numbers: np.ndarray) -> np.ndarray:
         left, right = numbers // self._b, numbers % self._b
@@ -54,7 +55,7 @@ class Permutation:
 
 
 def _mix(numbers: np.ndarray, key: np.uint64, other_key: np.uint64) -> np.ndarray:
-    """32 well-stirred bits of each number: two multiply-xorshift turns (the finaliser of MurmurHash3, public domain)."""
+    """32 well-stirred bits of each number: two multiply-xorshift turns (finaliser of MurmurHash3, public domain)."""
     x = (numbers ^ (numbers >> np.uint64(32)) ^ key) & _MASK32
     x = ((x ^ (x >> np.uint64(16))) * np.uint64(0x85EBCA6B) + other_key) & _MASK32
     x = ((x ^ (x >> np.uint64(13))) * np.uint64(0xC2B2AE35)) & _MASK32

@@ -61,7 +61,7 @@ class Engine:
     ) -> None:
         import deepspeed
 
-        faults = settings.batch.faults_on(mesh.data_size)
+        faults = settings.batch.faults_on(mesh.data_size) + _unfit(settings.deepspeed)
         if faults:
             raise Fault(faults)
         self._settings, self._mesh, self._methods = settings, mesh, tuple(methods)
@@ -90,6 +90,11 @@ class Engine:
             self.masters.fill(lambda name, start, stop: torch.zeros(stop - start), moment)
         self.masters.num_updates = 0
         self.masters.refresh()
+        if self._mesh.any(bool(self.masters.stale())):
+            raise Fault(
+                f"deepspeed = {self._settings.deepspeed}: with these settings DeepSpeed computes with other weights "
+                "than its masters (zero_optimization.round_robin_gradients is known to do so); leave them out"
+            )
 
     def step(
         self,
@@ -136,7 +141,7 @@ class Engine:
 
     @torch.no_grad()
     def score(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Loss of each window of `tokens` [B, S + 1] on this rank, summed over its S targets: [B] float64, on the CPU."""
+        """Loss of each window of `tokens` [B, S + 1] on this rank, summed over its S targets: [B] float64, on CPU."""
         self._engine.eval()
         tokens = tokens.to(self._mesh.device)
         losses = self._engine(tokens[:, :-1], tokens[:, 1:])  # [B, S]
@@ -168,7 +173,11 @@ class Engine:
 
     def load(self, checkpoint: Checkpoint, *, with_optimizer: bool, with_methods: bool) -> None:
         """Take weights from a checkpoint of any mesh; moments and method state too where asked."""
-        faults = checkpoint.misfits({p.name: p.shape for p in self.masters.pieces})
+        faults = checkpoint.misfits(self.masters.shapes)
+        if with_optimizer and not set(MOMENTS) <= set(checkpoint.kinds):
+            faults.append(
+                f"{checkpoint.folder} holds no moments to keep: an imported model has none; use optimizer_state: reset"
+            )
         if faults:
             raise Fault(faults)
         self.fill(lambda name, start, stop: checkpoint.read("master", name, start, stop))
@@ -221,3 +230,10 @@ class Engine:
 
     def _gradient_norm(self) -> float:
         return self._clipped_norm if self._settings.zero == 0 else float(self._engine.get_global_grad_norm())
+
+
+def _unfit(block: dict[str, Any]) -> list[str]:
+    """Settings of a `deepspeed:` block that take away what a step is told with."""
+    if block.get("zero_optimization", {}).get("compute_grad_norm", "auto") in ("auto", True):
+        return []
+    return ["deepspeed.zero_optimization.compute_grad_norm: every step is told with its gradient norm; leave it out"]

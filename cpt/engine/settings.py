@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Batch:
-    """`windows` a step over all ranks together; `micro_batch` windows at once on one rank (None: as many as there are)."""
+    """`windows` a step over all ranks together; `micro_batch` at once on one rank (None: as many as there are)."""
 
     windows: int = 64
     micro_batch: int | None = None
@@ -29,10 +29,12 @@ class Batch:
     def faults_on(self, num_ranks: int) -> list[str]:
         """Why a step cannot be cut evenly over `num_ranks`, with values that would do."""
         if self.windows % num_ranks:
-            down = max(num_ranks, self.windows // num_ranks * num_ranks)
+            unit = num_ranks * (self.micro_batch or 1)
+            below = self.windows // unit * unit
+            fitting = [below, below + unit] if below else [unit]
             return [
                 f"batch.windows = {self.windows} cannot be cut over {num_ranks} ranks; "
-                f"use {down} or {self.windows // num_ranks * num_ranks + num_ranks}"
+                f"use {' or '.join(map(str, fitting))}"
             ]
         here = self.windows_a_rank(num_ranks)
         if here % self.micro_batch_on(num_ranks):
@@ -67,7 +69,7 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Settings:
-    """`zero`: DeepSpeed's ZeRO stage. `deepspeed`: any of DeepSpeed's own settings, passed through where they are not ours."""
+    """`zero`: DeepSpeed's ZeRO stage. `deepspeed`: any of its own settings, passed through where they are not ours."""
 
     precision: Literal["bf16", "fp32"] = "bf16"
     zero: Literal[0, 1, 2, 3] = 1
@@ -90,11 +92,15 @@ _OURS = {
     "train_batch_size": "batch.windows",
     "train_micro_batch_size_per_gpu": "batch.micro_batch",
     "gradient_accumulation_steps": "batch.windows and batch.micro_batch",
+    "managed_gradient_accumulation": "batch.windows and batch.micro_batch",
     "optimizer": "optimizer",
     "scheduler": "stages.N.schedule",
     "gradient_clipping": "optimizer.clip",
     "bf16": "precision",
+    "bfloat16": "precision",  # DeepSpeed's older name for bf16
     "fp16": "precision",
+    "torch_autocast": "precision",
+    "tensor_parallel": "mesh.tensor",
     "zero_allow_untested_optimizer": "nothing: it is always on",
 }
 
@@ -105,6 +111,11 @@ def contradictions(block: dict[str, Any]) -> list[str]:
         f"deepspeed.{key}: this is set by {ours} here; take it out of the block, or write auto"
         for key, ours in _OURS.items()
         if key in block and block[key] != "auto"
+    ]
+    faults += [
+        f"deepspeed.{key} = {block[key]!r}: DeepSpeed takes 'name: value' lines here"
+        for key in ("zero_optimization", "data_types")
+        if not isinstance(block.get(key, {}), dict) and block[key] != "auto"
     ]
     zero = block.get("zero_optimization", {})
     if isinstance(zero, dict) and zero.get("stage", "auto") != "auto":

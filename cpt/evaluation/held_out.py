@@ -55,14 +55,15 @@ class HeldOut:
         there = self.corpus.num_windows(sequence_length)
         if there < 1:
             raise Fault(
-                f"{path} holds {self.corpus.num_tokens} tokens, not one window of {sequence_length + 1}; hold out more text"
+                f"{path} holds {self.corpus.num_tokens} tokens, not one window of {sequence_length + 1}; "
+                "hold out more text"
             )
         number = min(there, num_windows) if num_windows else there
         self._ids = np.arange(number, dtype=np.int64) * there // number
         self._sequence_length = sequence_length
 
     def score(self, score: Callable[[torch.Tensor], torch.Tensor], mesh: Mesh, micro_batch: int) -> Score:
-        """The mean over all its windows; `score` maps tokens [B, S + 1] to summed losses [B]. All ranks call it together."""
+        """The mean over all its windows; `score` maps tokens [B, S + 1] to summed losses [B]. All ranks call it."""
         sums = torch.zeros(2, dtype=torch.float64)
         # Every rank makes the same number of forward passes, because under ZeRO-3 each pass gathers weights from all.
         a_turn = micro_batch * mesh.data_size
@@ -80,7 +81,10 @@ class HeldOut:
 
 
 def bits_per_byte(loss: float, corpus: Corpus) -> float | None:
-    """A loss in nats a token as bits a byte of the text, at the corpus's mean bytes a token: comparable over tokenizers."""
+    """A loss in nats a token as bits a byte of the text, at the corpus's mean bytes a token.
+
+    Comparable over tokenizers, which losses are not.
+    """
     if not corpus.num_bytes:
         return None
     return loss / math.log(2) * corpus.num_tokens / corpus.num_bytes

@@ -1,7 +1,7 @@
 """What a lineage has consumed: for each source the intervals of its shuffled windows, by epoch.
 
-Because the order of windows is a pure function of (corpus, sequence length, seed, epoch), a hundred billion tokens are a
-few numbers here. A child starts with its parent's ledger; replay draws from it; `ledger.json` is it.
+Because the order of windows is a pure function of (corpus, sequence length, seed, epoch), a hundred billion tokens are
+a few numbers here. A child starts with its parent's ledger; replay draws from it; `ledger.json` is it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
+
+from cpt.config import Fault
+
+_FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Ledger:
     def as_json(self) -> dict[str, Any]:
         """What `ledger.json` holds."""
         return {
-            "format_version": 1,
+            "format_version": _FORMAT_VERSION,
             "sources": [
                 {
                     "source": e.source,
@@ -92,7 +96,10 @@ class Ledger:
 
     @staticmethod
     def from_json(plain: dict[str, Any]) -> Ledger:
-        """The ledger that `as_json` described."""
+        """The ledger that `as_json` described; Fault if another release wrote it."""
+        version = plain.get("format_version")
+        if version != _FORMAT_VERSION:
+            raise Fault(f"a ledger of format_version {version}: this release reads {_FORMAT_VERSION}")
         return Ledger(
             tuple(
                 Entry(

@@ -34,31 +34,40 @@ def write_lineage(run: Path, parent: Parent | None) -> None:
     plain: dict[str, Any] = {"format_version": 1, "run": run.name, "parent": None}
     if parent:
         plain["parent"] = {
-            "run": os.path.relpath(parent.run, run),
+            "run": os.path.relpath(parent.run.resolve(), run.resolve()),  # `..` means little beside a symbolic link
             "step": parent.step,
             "tokens": parent.tokens,
             "learning_rate": parent.learning_rate,
         }
-    (run / "lineage.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    aside = run / "lineage.json.aside"
+    aside.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    aside.replace(run / "lineage.json")
 
 
 def read_lineage(run: Path) -> Member:
-    """The run and its parent; Fault if the folder is no run."""
+    """The run and its parent; Fault if the folder is no run or its `lineage.json` is damaged."""
     try:
-        plain = json.loads((run / "lineage.json").read_text(encoding="utf-8"))
+        above = json.loads((run / "lineage.json").read_text(encoding="utf-8"))["parent"]
+        return Member(run, _parent(run, above) if above else None)
     except FileNotFoundError:
         raise Fault(f"{run} is no run folder: it has no lineage.json; name the folder that a run wrote to") from None
-    except (OSError, ValueError) as error:
-        raise Fault(f"{run}/lineage.json cannot be read: {error}") from None
-    above = plain["parent"]
-    if above is None:
-        return Member(run, None)
-    return Member(run, Parent((run / above["run"]).resolve(), above["step"], above["tokens"], above["learning_rate"]))
+    except OSError as error:
+        raise Fault(f"{run}/lineage.json cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise Fault(f"{run}/lineage.json is damaged ({error!r}); put it back from a copy of the run") from None
+
+
+def _parent(run: Path, plain: dict[str, Any]) -> Parent:
+    return Parent((run / plain["run"]).resolve(), plain["step"], plain["tokens"], plain["learning_rate"])
 
 
 def ancestry(run: Path) -> list[Member]:
-    """The run and its ancestors, eldest last; ends where an ancestor's folder is gone."""
+    """The run and its ancestors, eldest last; ends where an ancestor's folder is gone or another run's."""
     members = [read_lineage(run)]
-    while members[-1].parent and (members[-1].parent.run / "lineage.json").is_file():
-        members.append(read_lineage(members[-1].parent.run))
+    seen = {run.resolve()}
+    while above := members[-1].parent:
+        if above.run in seen or not (above.run / "lineage.json").is_file():
+            break
+        seen.add(above.run)
+        members.append(read_lineage(above.run))
     return members

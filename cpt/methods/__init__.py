@@ -32,7 +32,10 @@ class Forward:
 
 
 class Seams:
-    """A method that does nothing at every seam; those that do something inherit from it. `progress` is always the place before the step."""
+    """A method that does nothing at every seam; those that do something inherit from it.
+
+    `progress` is always the place before the step.
+    """
 
     num_copies = 0  # fp32 values that the method keeps for each parameter, for the memory plan
 
@@ -63,7 +66,7 @@ class Seams:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold: numbers, and lists of tensors with one tensor for each of the masters' pieces."""
+        """What a checkpoint must hold: numbers, and lists of tensors, one tensor for each of the masters' pieces."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

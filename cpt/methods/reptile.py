@@ -3,7 +3,8 @@
     anchor ---- k steps of AdamW ----> weights
     weights := anchor + step_size * (weights - anchor);   anchor := weights
 
-Each rank interpolates the pieces that it owns; nothing is sent. With replay in the batch this is meta-experience replay.
+Each rank interpolates the pieces that it owns; nothing is sent. With replay in the batch this is called meta-experience
+replay.
 Source: Abbes et al. 2025, arXiv:2508.01908; Nichol et al. 2018, arXiv:1803.02999.
 """
 

@@ -18,8 +18,8 @@ _log = logging.getLogger(__name__)
 class Journal:
     """Writes the `.jsonl` files of a run folder, on the first rank; on the others it does nothing.
 
-    Lines after step `keep_until_step` are dropped. On a terminal a progress bar stands for the step lines, which then go
-    to the log file alone; elsewhere every `every_steps`-th line is shown.
+    Lines after step `keep_until_step` are dropped. On a terminal a progress bar stands for the step lines, which then
+    go to the log file alone; elsewhere every `every_steps`-th line is shown.
     """
 
     def __init__(
@@ -72,7 +72,8 @@ class Journal:
 
     def _step_line(self, record: dict[str, Any]) -> str:
         by_source = " ".join(f"{name}={loss:.4f}" for name, loss in record["loss_by_source"].items())
-        left = (self._total_tokens - record["tokens"]) / record["tokens_per_second"]
+        # A speed of 0.0 is one below 0.05, rounded.
+        left = (self._total_tokens - record["tokens"]) / max(record["tokens_per_second"], 0.05)
         return (
             f"step={record['step']} tokens={record['tokens']}/{self._total_tokens} stage={record['stage']} "
             f"loss={record['loss']:.4f} {by_source} lr={record['learning_rate']:.3e} norm={record['grad_norm']:.3f} "

@@ -6,27 +6,46 @@ import logging
 import sys
 from pathlib import Path
 
-from tqdm.contrib.logging import logging_redirect_tqdm
-
-__all__ = ["log_to_file", "log_to_terminal", "logging_redirect_tqdm"]
+from tqdm import tqdm
 
 _LAYOUT = "%(asctime)s %(levelname).1s %(message)s"
 
 
+class _AboveTheBar(logging.Handler):
+    """Writes lines to standard error; a progress bar that stands there moves down."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except OSError:  # a terminal that has gone must not end the run
+            self.handleError(record)
+
+
 def log_to_terminal(rank: int = 0) -> None:
-    """Show lines on standard error: everything from info on of the first rank, warnings of the others."""
-    handler = logging.StreamHandler(sys.stderr)
+    """Show lines on standard error: everything from info on of the first rank, warnings of the others.
+
+    What libraries warn of in Python's own way is kept out of the terminal; `log_to_file` keeps it.
+    """
+    handler = _AboveTheBar()
     handler.setFormatter(logging.Formatter(_LAYOUT if rank == 0 else f"[rank {rank}] {_LAYOUT}", "%H:%M:%S"))
     handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     ours = logging.getLogger("cpt")
     ours.handlers, ours.propagate = [handler], False
-    ours.setLevel(logging.INFO)
+    ours.setLevel(logging.DEBUG)  # the handlers choose
     logging.captureWarnings(True)
 
 
 def log_to_file(folder: Path, rank: int) -> None:
-    """Keep this rank's lines in `folder/logs/rank-NNNNN.log` too, after what is there from before."""
+    """Keep this rank's lines, all of them, in `folder/logs/rank-NNNNN.log` too, after what is there from before.
+
+    From here on they go to this file and no longer to that of a run before in the same process.
+    """
     (folder / "logs").mkdir(exist_ok=True)
     handler = logging.FileHandler(folder / "logs" / f"rank-{rank:05d}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    logging.getLogger("cpt").addHandler(handler)
+    for name in ("cpt", "py.warnings"):
+        logger = logging.getLogger(name)
+        for old in [old for old in logger.handlers if isinstance(old, logging.FileHandler)]:
+            logger.removeHandler(old)
+            old.close()
+        logger.addHandler(handler)

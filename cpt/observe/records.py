@@ -33,9 +33,9 @@ class Records:
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file, one a line; a last line that a killed writer left torn is passed over."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:  # the torn line may end within a character
         for line in file:
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return
             yield json.loads(line)
 

@@ -15,11 +15,13 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._was_interrupted = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The handler. It must only set a flag: the ranks are told one after another, and a save needs all of them."""
-        if number == signal.SIGINT and self.signal == signal.SIGINT:
+        if number == signal.SIGINT and self._was_interrupted:
             raise KeyboardInterrupt
+        self._was_interrupted = self._was_interrupted or number == signal.SIGINT
         self.signal = self.signal or number
 
 

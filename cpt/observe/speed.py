@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 
 import torch
 
-# Dense bf16 TFLOP/s of one device as its maker states them; the names are parts of what CUDA calls the device.
+# Dense bf16 TFLOP/s of one device as its maker states them; the names are whole words of what CUDA calls the device,
+# the first that fits counts.
 _STATED_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
     "H200": 989.0,
     "H100": 989.0,
     "GH200": 989.0,
@@ -37,7 +41,7 @@ def find_peak(device: torch.device, precision: str, stated_tflops: float | None 
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, tflops in _STATED_TFLOPS.items():
-            if part in name:
+            if re.search(rf"\b{part}\b", name):
                 return Peak(tflops * 1e12, f"{tflops:g} TFLOP/s, stated for {name} (dense bf16)")
     flops = _timed_matmul(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     return Peak(flops, f"{flops / 1e12:.3g} TFLOP/s, measured by a {precision} matrix product on one rank")

@@ -32,8 +32,9 @@ class Settings:
     timeout_seconds: int = 1800
 
     def faults(self) -> list[str]:
-        """Axes that this version cannot cut along."""
-        return [
+        """Axes that this version cannot cut along, a time-out that leaves no time."""
+        late = [] if self.timeout_seconds >= 1 else [f"timeout_seconds = {self.timeout_seconds}: at least 1"]
+        return late + [
             f"{axis} = {getattr(self, axis)}: this version cuts along data only; use 1"
             for axis in ("pipeline", "sequence", "tensor")
             if getattr(self, axis) != 1

@@ -1,7 +1,7 @@
 """The fp32 values behind a model under DeepSpeed, by parameter name, as the pieces that this rank owns.
 
-DeepSpeed keeps the values that the optimiser works on ("masters") flat and cut over the data ranks, in another place for
-each ZeRO stage:
+DeepSpeed keeps the values that the optimiser works on ("masters") flat and cut over the data ranks, in another place
+for each ZeRO stage:
 
     stage 0 fp32        the parameters themselves, whole on every rank
     stage 1 bf16        BF16_Optimizer.fp32_groups_flat_partition            one flat tensor a group
@@ -51,15 +51,21 @@ class Masters:
     def __init__(self, engine: object, module: nn.Module, zero_stage: int) -> None:
         self._engine = engine
         self._stage = zero_stage
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._outer = engine.optimizer
         self._inner = self._outer if zero_stage == 0 else self._outer.optimizer
-        self._flats = self._flat_tensors(module)
+        self._flats = self._flat_tensors()
         for flat in self._flats:
             self._inner.state[flat] = {
                 "step": torch.zeros((), dtype=torch.float32, device=flat.device),
                 **{moment: torch.zeros_like(flat.data) for moment in MOMENTS},
             }
-        self.pieces: list[Piece] = list(self._find_pieces(module))
+        self.pieces: list[Piece] = list(self._find_pieces())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and whole shape of every parameter, also of those that lie on other ranks; the same on all."""
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
 
     @property
     def num_updates(self) -> int:
@@ -94,6 +100,21 @@ class Masters:
             if persistent:
                 persistent[0].partition(persistent)
                 persistent[0].all_gather(persistent)
+            # With zero_hpz_partition_size each node has a second copy, which would keep its old values too.
+            self._outer.invalidate_secondary_tensor()
+
+    def stale(self) -> list[str]:
+        """Parameters here whose weights in the model are not their masters, rounded: none, after `refresh`."""
+        found = []
+        for piece in self.pieces:
+            parameter = self._parameters[piece.name]
+            if self._stage == 3:
+                weights = parameter.ds_tensor.data[: len(piece.values)]
+            else:
+                weights = parameter.data.reshape(-1)[piece.start : piece.stop]
+            if not torch.allclose(weights, piece.values.to(weights), rtol=0.0, atol=0.0, equal_nan=True):
+                found.append(piece.name)
+        return found
 
     def total(self, number: float) -> float:
         """The sum over all data ranks of a number that each computed from its own pieces; every rank must call it."""
@@ -103,21 +124,20 @@ class Masters:
         torch.distributed.all_reduce(box)
         return float(box)
 
-    def _flat_tensors(self, module: nn.Module) -> list[torch.Tensor]:
+    def _flat_tensors(self) -> list[torch.Tensor]:
         if self._stage == 0:
-            return [p for p in module.parameters() if p.requires_grad]
+            return list(self._parameters.values())
         if self._stage == 3:
             return list(self._outer.fp32_partitioned_groups_flat)
         groups = getattr(self._outer, "fp32_groups_flat_partition", None)
         return list(groups if groups is not None else self._outer.single_partition_of_fp32_groups)
 
-    def _find_pieces(self, module: nn.Module) -> Iterator[Piece]:
+    def _find_pieces(self) -> Iterator[Piece]:
         find = {0: self._whole, 1: self._from_flat_group, 2: self._from_flat_group, 3: self._from_sub_group}[
             self._stage
         ]
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                yield from find(name, parameter)
+        for name, parameter in self._parameters.items():
+            yield from find(name, parameter)
 
     def _whole(self, name: str, parameter: nn.Parameter) -> Iterator[Piece]:
         yield self._piece(name, tuple(parameter.shape), 0, parameter, 0, parameter.numel(), is_copy=True)

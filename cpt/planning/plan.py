@@ -52,12 +52,11 @@ def _model_lines(run: Run, num_ranks: int) -> Iterator[str]:
     accumulation = run.batch.windows_a_rank(num_ranks) // run.batch.micro_batch_on(num_ranks)
     yield f"model       {name_of_choice(run.model)}, {number:,} parameters, {run.precision}, ZeRO {run.zero}"
     yield (
-        f"a step      {run.batch.windows} windows of {run.sequence_length} = {run.tokens_a_step:,} tokens; on {num_ranks} rank(s) "
-        f"{accumulation} micro-batch(es) of {run.batch.micro_batch_on(num_ranks)}"
+        f"a step      {run.batch.windows} windows of {run.sequence_length} = {run.tokens_a_step:,} tokens; "
+        f"on {num_ranks} rank(s) {accumulation} micro-batch(es) of {run.batch.micro_batch_on(num_ranks)}"
     )
     yield f"the run     {sum(map(run.num_steps, run.stages)):,} steps, {run.total_tokens:,} tokens"
-    parts = {"weights": state.weights, "gradients": state.gradients, "optimiser": state.optimizer, "methods": state.methods}
-    told = ", ".join(f"{part} {_size(number_of_bytes)}" for part, number_of_bytes in parts.items())
+    told = ", ".join(f"{part} {_size(num_bytes)}" for part, num_bytes in vars(state).items())
     yield f"memory      {_size(state.total)} a rank for the model's state ({told}); activations come on top"
     yield f"disk        {_size(number * (12 + 4 * copies))} a checkpoint, {run.checkpoint.keep_last} are kept"
 
@@ -83,12 +82,14 @@ def _stage_lines(run: Run, stage: Stage, order: StageOrder, rate_before: float) 
         yield f"  {name:<20} {tokens:>15,} {counts[index] / sum(counts):>7.1%} {epochs:>7.2f}  {corpus.path}"
     if counts[-1]:
         tokens, rounds = counts[-1] * run.sequence_length, counts[-1] / order.num_replayable
-        yield f"  {'replay':<20} {tokens:>15,} {counts[-1] / sum(counts):>7.1%} {rounds:>7.2f}  what the lineage consumed before"
+        share = counts[-1] / sum(counts)
+        yield f"  {'replay':<20} {tokens:>15,} {share:>7.1%} {rounds:>7.2f}  what the lineage consumed before"
     schedule = build(stage.schedule, "Schedule", stage.total_tokens, rate_before)
     rates = [
         schedule.rate(Progress(stage_tokens=int(num_steps * column / 59) * run.tokens_a_step)) for column in range(60)
     ]
     top = max(rates) or 1.0
     curve = "".join(_BARS[round(rate / top * (len(_BARS) - 1))] for rate in rates)
-    yield f"  learning rate ({name_of_choice(stage.schedule)}): {rates[0]:.2e} first, {top:.2e} highest, {rates[-1]:.2e} last"
+    told = f"{rates[0]:.2e} first, {top:.2e} highest, {rates[-1]:.2e} last"
+    yield f"  learning rate ({name_of_choice(stage.schedule)}): {told}"
     yield f"  {curve}"

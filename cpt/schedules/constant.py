@@ -16,8 +16,9 @@ class Settings:
     warmup_tokens: int = 0
 
     def faults(self) -> list[str]:
-        """A rate that is not positive."""
-        return [] if self.peak > 0 else [f"peak = {self.peak}: above 0"]
+        """A rate that is not positive, a negative warm-up."""
+        faults = [] if self.peak > 0 else [f"peak = {self.peak}: above 0"]
+        return faults + ([] if self.warmup_tokens >= 0 else [f"warmup_tokens = {self.warmup_tokens}: at least 0"])
 
 
 class Schedule:

@@ -18,10 +18,11 @@ class Settings:
     warmup_tokens: int = 0
 
     def faults(self) -> list[str]:
-        """Rates in the wrong order."""
-        if 0 <= self.floor <= self.peak and self.peak > 0:
-            return []
-        return [f"floor = {self.floor}, peak = {self.peak}: 0 <= floor <= peak, and peak above 0"]
+        """Rates in the wrong order, a negative warm-up."""
+        faults = []
+        if not (0 <= self.floor <= self.peak and self.peak > 0):
+            faults.append(f"floor = {self.floor}, peak = {self.peak}: 0 <= floor <= peak, and peak above 0")
+        return faults + ([] if self.warmup_tokens >= 0 else [f"warmup_tokens = {self.warmup_tokens}: at least 0"])
 
 
 class Schedule:
@@ -34,7 +35,8 @@ class Schedule:
     def __init__(self, settings: Settings, stage_tokens: int, rate_before: float) -> None:
         if settings.warmup_tokens >= stage_tokens:
             raise Fault(
-                f"schedule.warmup_tokens = {settings.warmup_tokens:,}: the stage has {stage_tokens:,} tokens; warm up over fewer"
+                f"schedule.warmup_tokens = {settings.warmup_tokens:,}: the stage has {stage_tokens:,} tokens; "
+                "warm up over fewer"
             )
         self._settings, self._stage_tokens = settings, stage_tokens
 

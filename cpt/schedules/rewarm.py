@@ -32,7 +32,7 @@ class Settings:
 
 
 class Schedule:
-    """Up in a straight line from the last rate before the stage, then down half a cosine; flat after the stage's tokens.
+    """Up in a straight line from the last rate before the stage, down half a cosine, flat after the stage's tokens.
 
     Source: Ibrahim et al. 2024, arXiv:2403.08763 (re-warming and re-decaying; 1 % of the tokens for the rise).
     """

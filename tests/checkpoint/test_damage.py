@@ -1,0 +1,160 @@
+"""A torn or damaged checkpoint is found out whichever file it is, named, and the one before it is used instead."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpt.checkpoint import Checkpoint, RunFolder, find_checkpoint, step_folder, write_checkpoint
+from cpt.checkpoint.write import checkpoint_folders, checksum
+from cpt.config import Fault
+from cpt.parallel.mesh import Mesh
+from cpt.parallel.weights import Piece
+
+ALONE = Mesh(0, 1, 0, torch.device("cpu"))
+FILES = ("checksums.json", "index.json", "pieces-00000.safetensors", "state.json")
+
+
+def save(folder: Path, note: int = 0) -> Path:
+    values = torch.arange(6.0) + note
+    pieces = [Piece("weight", (2, 3), 0, 6, values, {}, is_copy=False)]
+    write_checkpoint(folder, pieces, {"master": [values]}, {"note": note}, ALONE)
+    return folder
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+HARMS = [flip, truncate, empty, Path.unlink]
+
+
+@pytest.fixture
+def three(tmp_path) -> Path:
+    """Checkpoints of steps 1, 2 and 10."""
+    for step in (1, 2, 10):
+        save(step_folder(tmp_path / "three", step), step)
+    return tmp_path / "three"
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("name", FILES)
+def test_harm_to_any_file_is_found_and_the_file_is_named(tmp_path, name, harm):
+    folder = save(tmp_path / "step-00000001")
+    harm(folder / name)
+    with pytest.raises(Fault) as found:
+        Checkpoint(folder)
+    assert str(folder / name) in str(found.value)
+
+
+@pytest.mark.parametrize("position", range(0, 440, 7))
+def test_one_other_bit_anywhere_in_the_pieces_is_found(tmp_path, position):
+    folder = save(tmp_path / "step-00000001")
+    path = folder / "pieces-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[position % len(content)] ^= 1 << position % 8
+    path.write_bytes(content)
+    with pytest.raises(Fault, match="has changed since it was written"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("name", FILES)
+def test_the_newest_whole_checkpoint_is_used_and_a_warning_says_what_is_wrong_with_the_newer(
+    three, caplog, monkeypatch, name, harm
+):
+    monkeypatch.setattr(logging.getLogger("cpt"), "propagate", True)  # a command in an earlier test may have cut it
+    harm(three / "step-00000010" / name)
+    with caplog.at_level(logging.WARNING):
+        assert find_checkpoint(three).state["note"] == 2
+    assert str(three / "step-00000010" / name) in caplog.text and "trying the one before" in caplog.text
+
+
+def test_the_newest_is_that_of_the_highest_step(three):
+    assert find_checkpoint(three).state["note"] == 10
+    save(three / "step-100000000", 11)  # more digits than are written out
+    assert find_checkpoint(three).state["note"] == 11
+
+
+def test_a_step_can_be_named_and_a_wrong_one_is_told_with_those_that_there_are(three):
+    assert find_checkpoint(three, 2).state["note"] == 2
+    assert find_checkpoint(three, "1").state["note"] == 1
+    with pytest.raises(Fault, match=r"no checkpoint at step 3; there are: 1, 2, 10"):
+        find_checkpoint(three, 3)
+
+
+def test_a_damaged_step_that_was_named_is_not_replaced_by_another(three):
+    flip(three / "step-00000002" / "index.json")
+    with pytest.raises(Fault, match="step-00000002/index.json has changed"):
+        find_checkpoint(three, 2)
+
+
+def test_if_none_is_whole_all_are_told_and_if_there_is_none_that_is_no_fault(three, tmp_path):
+    for folder in checkpoint_folders(three):
+        flip(folder / "state.json")
+    with pytest.raises(Fault) as found:
+        find_checkpoint(three)
+    assert len(found.value.lines) == 4 and "no checkpoint is whole" in found.value.lines[0]
+    assert find_checkpoint(tmp_path / "nothing") is None
+
+
+def test_a_folder_that_was_being_written_counts_for_nothing(three):
+    shutil.copytree(three / "step-00000010", three / ".step-00000011.aside")
+    assert find_checkpoint(three).state["note"] == 10
+
+
+def test_a_copy_that_somebody_named_is_neither_taken_nor_removed(three):
+    shutil.copytree(three / "step-00000002", three / "step-00000002-best")
+    run = RunFolder(three.parent / "run")
+    run.path.mkdir()
+    three.rename(run.checkpoints)
+    assert find_checkpoint(run.checkpoints).state["note"] == 10
+    run.keep_newest(run.checkpoint_at(10), 1)
+    assert sorted(f.name for f in run.checkpoints.iterdir()) == ["latest", "step-00000002-best", "step-00000010"]
+
+
+def test_another_format_is_told(tmp_path):
+    folder = save(tmp_path / "step-00000001")
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**index, "format_version": 99}))
+    with pytest.raises(Fault, match="format 99, this version of cpt reads 1"):
+        Checkpoint(with_new_sums(folder))
+
+
+def with_new_sums(folder: Path) -> Path:
+    sums = {path.name: checksum(path) for path in folder.iterdir() if path.name != "checksums.json"}
+    (folder / "checksums.json").write_text(json.dumps(sums))
+    return folder
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '"text"', "null"])
+@pytest.mark.parametrize("name", ["checksums.json", "index.json", "state.json"])
+def test_json_that_is_something_else_is_told(tmp_path, name, content):
+    folder = save(tmp_path / "step-00000001")
+    (folder / name).write_text(content)
+    with pytest.raises(Fault, match=name):
+        Checkpoint(folder if name == "checksums.json" else with_new_sums(folder))
+
+
+def test_a_file_that_the_checksums_leave_out_is_told(tmp_path):
+    folder = save(tmp_path / "step-00000001")
+    sums = json.loads((folder / "checksums.json").read_text())
+    del sums["pieces-00000.safetensors"]
+    (folder / "checksums.json").write_text(json.dumps(sums))
+    with pytest.raises(Fault, match="checksums.json does not name pieces-00000.safetensors"):
+        Checkpoint(folder)

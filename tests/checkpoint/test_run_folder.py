@@ -1,0 +1,107 @@
+"""The folder of a run: what it keeps, what it refuses, and what a sudden end may leave in it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from cpt_harness.ranks import in_processes
+
+from cpt.checkpoint import Place, RunFolder
+from cpt.config import Fault
+from cpt.lineage.ledger import Entry, Ledger
+from cpt.progress import Progress
+
+
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    folder.make()
+    return folder
+
+
+def make(run: RunFolder, *steps: int) -> None:
+    for step in steps:
+        run.checkpoint_at(step).mkdir(parents=True)
+        (run.checkpoint_at(step) / "state.json").write_text("{}")
+
+
+def steps_of(run: RunFolder) -> list[int]:
+    return sorted(int(folder.name.removeprefix("step-")) for folder in run.checkpoints.glob("step-*"))
+
+
+@pytest.mark.parametrize(("number", "kept"), [(1, [30]), (2, [20, 30]), (3, [10, 20, 30]), (9, [10, 20, 30])])
+def test_the_newest_are_kept_and_latest_names_the_newest(run, number, kept):
+    make(run, 10, 20, 30)
+    run.keep_newest(run.checkpoint_at(30), number)
+    assert steps_of(run) == kept
+    assert (run.checkpoints / "latest").read_text() == "step-00000030\n"
+
+
+@pytest.mark.parametrize(("number", "kept"), [(1, [25]), (2, [20, 25])])
+def test_the_one_just_saved_is_kept_though_a_damaged_later_one_lies_there(run, number, kept):
+    """The run went back from the damaged 30 to 20 and then saved 25."""
+    make(run, 10, 20, 25, 30)
+    run.keep_newest(run.checkpoint_at(25), number)
+    assert steps_of(run) == kept
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(run):
+    make(run, 10, 20)
+    (run.checkpoints / ".step-00000013.aside").mkdir()
+    run.keep_newest(run.checkpoint_at(20), 2)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["latest", "step-00000010", "step-00000020"]
+
+
+def test_a_file_in_place_of_the_folder_and_a_folder_of_something_else_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Fault, match="this is a file; name a folder"):
+        RunFolder(tmp_path / "file").refuse_other_contents()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.tex").write_text("")
+    with pytest.raises(Fault, match="the folder is used, but not by a run"):
+        RunFolder(tmp_path / "notes").refuse_other_contents()
+
+
+def test_no_folder_an_empty_one_and_what_a_sudden_end_leaves_are_accepted(tmp_path):
+    RunFolder(tmp_path / "new").refuse_other_contents()
+    RunFolder(tmp_path).refuse_other_contents()
+    (tmp_path / "run.yaml.aside").write_text("half of i")
+    RunFolder(tmp_path).refuse_other_contents()
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Fault, match="the folder cannot be made: Not a directory"):
+        RunFolder(tmp_path / "file" / "run").make()
+
+
+def test_small_files_appear_whole(run, monkeypatch):
+    run.write_json("ledger.json", {"a": 1})
+
+    def end_suddenly(*_):
+        raise KeyboardInterrupt
+
+    def write():
+        monkeypatch.setattr(type(run.path), "replace", end_suddenly)
+        with pytest.raises(KeyboardInterrupt):
+            run.write_json("ledger.json", {"a": 2})
+
+    in_processes([write])
+    assert json.loads((run.path / "ledger.json").read_text()) == {"a": 1}
+
+
+def test_only_the_run_itself_says_that_it_is_finished(run):
+    assert not run.is_finished
+    run.finish(10, 1000)
+    assert run.is_finished
+    assert json.loads((run.path / "finished.json").read_text())["step"] == 10
+
+
+def test_a_place_comes_back_from_json_as_it_was_and_a_child_begins_at_zero_with_the_ledger_and_the_rate():
+    before = Ledger((Entry("prose", "data/prose", "ab", 16, 7, 100, (((0, 20),),)),))
+    now = Ledger((Entry("prose", "data/prose", "ab", 16, 7, 100, (((0, 60),),)),))
+    place = Place(Progress(5, 500, 1, 2, 200), before, 1e-3, 5e-4, "ab" * 16)
+    plain = json.loads(json.dumps(place.as_json(now)))
+    assert Place.from_json(plain) == place
+    assert Place.of_child(plain) == Place(ledger_before_stage=now, rate_before_stage=5e-4, rate=5e-4)

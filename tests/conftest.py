@@ -1,0 +1,67 @@
+"""What all tests share: one thread, no accelerator, the modules of tests/harness on the path, and a family of runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported: a pool of threads made here would be lost in the ranks that the harness forks.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+sys.path.insert(0, str(Path(__file__).parent / "harness"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Corpora `prose` and `code`, each with its `-held-out`."""
+    from cpt_harness import runs
+
+    return runs.write_data(tmp_path_factory.mktemp("data") / "data")
+
+
+@pytest.fixture(scope="session")
+def base(data, tmp_path_factory) -> Path:
+    """A finished run that learned prose: 20 steps, Reptile every 3."""
+    from cpt_harness import runs
+
+    folder = tmp_path_factory.mktemp("base")
+    plain = runs.settings(
+        data, folder / "base", [runs.stage(data, "prose", 20)], methods=[{"name": "reptile", "every": 3}]
+    )
+    runs.trained(runs.write_settings(folder / "base.yaml", plain))
+    return folder / "base"
+
+
+@pytest.fixture(scope="session")
+def child(data, base, tmp_path_factory) -> Path:
+    """A finished child of `base` that learned code for 12 steps, with a quarter of replay on top."""
+    from cpt_harness import runs
+
+    folder = tmp_path_factory.mktemp("child")
+    replay = {"share": "25%", "accounting": "adds_to_new"}
+    plain = runs.settings(
+        data, folder / "child", [runs.stage(data, "code", 12, replay=replay)], parent={"run": str(base)}
+    )
+    del plain["model"], plain["sequence_length"]
+    runs.trained(runs.write_settings(folder / "child.yaml", plain))
+    return folder / "child"
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_before() -> Iterator[None]:
+    """A command sends our log lines to the terminal, a run to a file; the next test begins without either."""
+    loggers = [logging.getLogger(name) for name in ("cpt", "py.warnings")]
+    before = [(list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        for handler in set(logger.handlers) - set(handlers):
+            handler.close()
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+    logging.captureWarnings(False)

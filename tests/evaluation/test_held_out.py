@@ -1,0 +1,118 @@
+"""Held-out windows are the same every time, and their mean is the same however many ranks share them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from cpt_harness.numbered import numbered_corpus
+
+from cpt.config import Fault
+from cpt.data.corpus import Corpus
+from cpt.data.shards import ShardWriter
+from cpt.evaluation.held_out import HeldOut, bits_per_byte
+from cpt.parallel.mesh import Mesh
+
+LENGTH = 8
+ALONE = Mesh(0, 1, 0, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class OneOfThree(Mesh):
+    """A rank of a mesh whose sums are added up by the test: `sum` gives back what this rank has."""
+
+    size: int = 3
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        SUMS.append(tensor.clone())
+        return tensor + torch.tensor([0.0, 1e-300], dtype=tensor.dtype)  # a rank without windows has no mean of its own
+
+
+SUMS: list[torch.Tensor] = []
+
+
+def loss_of(tokens: torch.Tensor) -> torch.Tensor:
+    """A summed loss [B] that tells windows apart."""
+    return (tokens[:, 1:].double() / 100).sqrt().sum(dim=1)
+
+
+def brute_force(corpus: Corpus, ids: list[int]) -> float:
+    windows = [np.arange(i * LENGTH, i * LENGTH + LENGTH + 1) for i in ids]
+    return math.fsum(math.sqrt(token / 100) for window in windows for token in window[1:]) / (len(ids) * LENGTH)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return numbered_corpus(tmp_path_factory.mktemp("corpora") / "held-out", 50 * LENGTH + 1)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 7, 16, 50, 64])
+@pytest.mark.parametrize(("num_windows", "ids"), [(0, range(50)), (50, range(50)), (99, range(50)), (1, [0]),
+                                                  (2, [0, 25]), (7, [0, 7, 14, 21, 28, 35, 42])])  # fmt: skip
+def test_the_loss_is_the_mean_over_its_windows_whatever_the_micro_batch(path, num_windows, ids, micro_batch):
+    held_out = HeldOut(path, LENGTH, num_windows)
+    score = held_out.score(loss_of, ALONE, micro_batch)
+    assert score.num_tokens == len(ids) * LENGTH
+    assert score.loss == pytest.approx(brute_force(held_out.corpus, list(ids)), rel=1e-12)
+
+
+def test_windows_are_spread_over_the_whole_corpus(path):
+    seen: list[int] = []
+    HeldOut(path, LENGTH, 13).score(lambda tokens: (seen.extend(tokens[:, 0].tolist()), loss_of(tokens))[1], ALONE, 4)
+    assert len(set(seen)) == 13
+    assert set(np.diff(sorted(seen)) // LENGTH) == {3, 4}
+
+
+def test_scoring_twice_scores_the_same(path):
+    held_out = HeldOut(path, LENGTH, 20)
+    assert held_out.score(loss_of, ALONE, 6) == held_out.score(loss_of, ALONE, 6)
+
+
+@pytest.mark.parametrize("num_windows", [1, 2, 3, 10, 12, 13, 20, 50])
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_three_ranks_together_score_what_one_does_in_equally_many_passes(path, num_windows, micro_batch):
+    held_out = HeldOut(path, LENGTH, num_windows)
+    SUMS.clear()
+    passes, largest = [], 0
+    for rank in range(3):
+        calls = []
+        held_out.score(
+            lambda tokens, calls=calls: (calls.append(len(tokens)), loss_of(tokens))[1], OneOfThree(rank), micro_batch
+        )
+        passes.append(len(calls))
+        largest = max(largest, *calls)
+    total, num_tokens = torch.stack(SUMS).sum(dim=0).tolist()
+    alone = held_out.score(loss_of, ALONE, micro_batch)
+    assert num_tokens == alone.num_tokens == num_windows * LENGTH
+    assert total / num_tokens == pytest.approx(alone.loss, rel=1e-12)
+    assert len(set(passes)) == 1
+    assert largest <= micro_batch
+
+
+def test_bits_per_byte_are_the_loss_over_the_texts_bytes(path):
+    # 401 tokens of 1,604 bytes: a token is 4 bytes, so 4 ln 2 nats a token are 1 bit a byte.
+    held_out = HeldOut(path, LENGTH, 0)
+    assert bits_per_byte(4 * math.log(2), held_out.corpus) == pytest.approx(1.0, rel=1e-12)
+    score = held_out.score(loss_of, ALONE, 16)
+    assert score.bits_per_byte == pytest.approx(score.loss / math.log(2) / 4, rel=1e-12)
+
+
+def test_a_corpus_that_does_not_know_its_bytes_has_no_bits_per_byte(tmp_path):
+    with ShardWriter(tmp_path / "bare", 1000) as writer:
+        writer.add_document(np.arange(100))
+    assert HeldOut(tmp_path / "bare", LENGTH, 0).score(loss_of, ALONE, 4).bits_per_byte is None
+    without = numbered_corpus(tmp_path / "empty", 100, num_bytes=0)
+    assert bits_per_byte(1.0, Corpus.open(without)) is None
+
+
+def test_a_corpus_shorter_than_one_window_is_a_fault(tmp_path):
+    path = numbered_corpus(tmp_path / "short", LENGTH)
+    with pytest.raises(Fault) as caught:
+        HeldOut(path, LENGTH, 4)
+    assert str(caught.value) == f"{path} holds 8 tokens, not one window of 9; hold out more text"
+    assert HeldOut(numbered_corpus(tmp_path / "enough", LENGTH + 1), LENGTH, 4).score(loss_of, ALONE, 4).num_tokens == 8

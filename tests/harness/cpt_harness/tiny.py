@@ -1,0 +1,144 @@
+"""Models small enough for ten steps in a tenth of a second, with odd sizes, and engines around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from cpt.engine import Engine, StepResult
+from cpt.engine.settings import Batch, Optimizer, Settings
+from cpt.methods import Seams
+from cpt.models import llama
+from cpt.parallel.mesh import Mesh
+from cpt.progress import Progress
+from cpt_kernels import switch
+
+LLAMA = llama.Settings(
+    vocabulary=61, width=24, layers=2, heads=3, kv_heads=1, mlp_width=40, longest_sequence=16, initial_std=0.2
+)
+LENGTH = 12
+SEED = 5
+
+
+def rate_of_step(step: int) -> float:
+    """Another learning rate in every step of three, so that a step with its neighbour's rate is found out."""
+    return 3e-3 * (1 + step % 3)
+
+
+def build_llama() -> llama.Model:
+    """The tiny Llama; its weights are not set."""
+    return llama.Model(LLAMA, switch.choose(switch.Settings(), torch.device("cpu")))
+
+
+class Crumbs(nn.Module):
+    """Parameters smaller than a world of ranks (1, 2 and 3 elements) beside one of a prime size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(7, 3))
+        self.one_norm = nn.Parameter(torch.empty(1))
+        self.two_norm = nn.Parameter(torch.empty(2))
+        self.three = nn.Parameter(torch.empty(3))
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        rows = torch.nn.functional.embedding(tokens % 7, self.table) * self.three  # [B, S, 3]
+        scores = rows.sum(dim=-1) * self.one_norm + self.two_norm.prod()
+        return (scores - targets.to(scores.dtype) / 8).square().float()
+
+    def initial_value(self, name: str, seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed + len(name))
+        return torch.empty(self.shapes[name]).normal_(0.0, 1.0, generator=generator)
+
+    def decays(self, name: str) -> bool:
+        return not name.endswith("norm")
+
+
+def start_engine(
+    mesh: Mesh,
+    *,
+    zero: int = 1,
+    precision: str = "fp32",
+    windows: int = 8,
+    micro_batch: int | None = None,
+    methods: Sequence[Seams] = (),
+    model: Callable[[], nn.Module] = build_llama,
+    fill: bool = True,
+    deepspeed: dict[str, Any] | None = None,
+    **optimizer: float,
+) -> Engine:
+    """An engine around a new model, with the model's initial values of SEED."""
+    made, settings = model(), Optimizer(**optimizer)
+    engine = Engine(
+        made,
+        Settings(precision, zero, Batch(windows, micro_batch), settings, deepspeed or {}),
+        mesh,
+        list(methods),
+        lambda groups: torch.optim.AdamW(
+            groups, lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.epsilon, fused=True
+        ),
+        decays=made.decays,
+    )
+    if fill:
+        engine.fill(lambda name, start, stop: made.initial_value(name, SEED).reshape(-1)[start:stop])
+    return engine
+
+
+def windows_of_step(step: int, number: int = 8) -> torch.Tensor:
+    """The tokens [number, LENGTH + 1] of all ranks in a step; hard enough that the loss keeps falling."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    first = torch.randint(0, LLAMA.vocabulary, (number, 1), generator=generator)
+    stride = torch.randint(1, 4, (number, 1), generator=generator)
+    return (first + stride * torch.arange(LENGTH + 1)) % LLAMA.vocabulary
+
+
+def take_steps(engine: Engine, mesh: Mesh, first: int, last: int, number: int = 8) -> list[StepResult]:
+    """Steps `first` to before `last`, each rank on its share of the step's windows, which come of two sources."""
+    results = []
+    for step in range(first, last):
+        here = number // mesh.size
+        mine = windows_of_step(step, number)[mesh.rank * here : (mesh.rank + 1) * here]
+        sources = torch.arange(number)[mesh.rank * here : (mesh.rank + 1) * here] % 2
+        results.append(engine.step(mine, sources, 2, rate_of_step(step), Progress(step=step, stage_step=step)))
+    return results
+
+
+Fragment = tuple[str, tuple[int, ...], int, torch.Tensor]  # name, whole shape, first element, values
+
+
+def fragments(engine: Engine, moment: str | None = None) -> list[Fragment]:
+    """This rank's pieces of the masters, or of a moment, copied out."""
+    return [
+        (p.name, p.shape, p.start, (p.values if moment is None else p.moments[moment]).clone())
+        for p in engine.masters.pieces
+    ]
+
+
+def join(of_ranks: Sequence[Sequence[Fragment]]) -> dict[str, torch.Tensor]:
+    """Whole parameters from the fragments of all ranks. Fails unless every element is there, and equal where twice."""
+    whole: dict[str, torch.Tensor] = {}
+    for name, shape, start, values in (fragment for one in of_ranks for fragment in one):
+        flat = whole.setdefault(name, torch.full(shape, float("nan")).reshape(-1))
+        place = flat[start : start + len(values)]
+        known = ~place.isnan()
+        assert torch.equal(place[known], values[known]), f"{name}: ranks disagree"
+        place.copy_(values)
+        whole[name] = flat
+    shapes = {name: shape for one in of_ranks for name, shape, _, _ in one}
+    for name, flat in whole.items():
+        assert not flat.isnan().any(), f"{name}: elements are missing"
+    return {name: flat.reshape(shapes[name]) for name, flat in whole.items()}
+
+
+def computed_with(engine: Engine) -> dict[str, torch.Tensor]:
+    """The whole weights that the model computes with, low precision where it is; every rank must call it."""
+    import deepspeed
+
+    weights = {}
+    for name, parameter in engine._model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            weights[name] = parameter.detach().clone()
+    return weights

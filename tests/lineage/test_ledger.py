@@ -1,0 +1,123 @@
+"""What was consumed is kept as intervals, exactly, over any borders of epochs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpt.config import Fault
+from cpt.lineage.ledger import Entry, Ledger
+
+
+def entry(num_windows: int = 10, **changes) -> Entry:
+    return Entry(**{"source": "a", "corpus": "data/a", "fingerprint": "f", "sequence_length": 8, "seed": 3,
+                    "num_windows": num_windows, **changes})  # fmt: skip
+
+
+def test_nothing_is_consumed_at_first():
+    assert entry().num_consumed == 0
+    assert entry().intervals() == []
+
+
+@pytest.mark.parametrize(
+    ("draws", "epochs"),
+    [
+        ([(0, 4)], (((0, 4),),)),
+        ([(0, 4), (4, 3)], (((0, 7),),)),
+        ([(0, 10)], (((0, 10),),)),
+        ([(0, 11)], (((0, 10),), ((0, 1),))),
+        ([(7, 26)], (((7, 10),), ((0, 10),), ((0, 10),), ((0, 3),))),
+        ([(10, 1)], ((), ((0, 1),))),
+        ([(0, 2), (5, 2), (2, 3)], (((0, 7),),)),
+        ([(0, 2), (5, 2)], (((0, 2), (5, 7)),)),
+        ([(0, 5), (2, 1), (3, 4)], (((0, 7),),)),
+        ([(0, 0)], ()),
+    ],
+)
+def test_draws_become_joined_intervals_by_epoch(draws, epochs):
+    after = entry()
+    for first, number in draws:
+        after = after.with_draws(first, number)
+    assert after.epochs == epochs
+
+
+@given(st.integers(1, 12), st.lists(st.tuples(st.integers(0, 60), st.integers(0, 40)), max_size=6))
+def test_intervals_hold_exactly_the_positions_drawn(num_windows, draws):
+    after, drawn = entry(num_windows), set()
+    for first, number in draws:
+        after = after.with_draws(first, number)
+        drawn |= {divmod(draw, num_windows) for draw in range(first, first + number)}
+    held = [(epoch, at) for epoch, start, stop in after.intervals() for at in range(start, stop)]
+    assert len(held) == len(set(held)) == after.num_consumed
+    assert set(held) == drawn
+    for intervals in after.epochs:
+        assert all(one[1] < other[0] for one, other in zip(intervals, intervals[1:], strict=False))
+
+
+@given(st.integers(1, 12), st.lists(st.integers(0, 30), max_size=8))
+def test_drawing_in_portions_is_drawing_at_once(num_windows, portions):
+    apart = entry(num_windows)
+    for portion in portions:
+        apart = apart.with_draws(apart.num_consumed, portion)
+    assert apart == entry(num_windows).with_draws(0, sum(portions))
+
+
+def test_drawing_leaves_the_entry_as_it_was():
+    before = entry().with_draws(0, 3)
+    before.with_draws(3, 5)
+    assert before.num_consumed == 3
+
+
+def test_an_entry_is_found_by_corpus_and_length_whatever_its_seed():
+    ledger = Ledger((entry(seed=1), entry(fingerprint="g", seed=2), entry(sequence_length=16)))
+    assert ledger.find("g", 8).seed == 2
+    assert ledger.find("f", 16).sequence_length == 16
+    assert ledger.find("h", 8) is None
+    assert ledger.find("g", 16) is None
+
+
+def test_an_entry_takes_the_place_of_the_one_with_its_key_or_comes_last():
+    ledger = Ledger().with_entry(entry()).with_entry(entry(fingerprint="g"))
+    again = ledger.with_entry(entry().with_draws(0, 5))
+    assert [e.num_consumed for e in again.entries] == [5, 0]
+    assert [e.num_consumed for e in ledger.entries] == [0, 0]
+    assert [e.seed for e in ledger.with_entry(entry(seed=9)).entries] == [3, 3, 9]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.integers(0, 2**63), st.integers(0, 200), st.text(max_size=5)), max_size=4)
+)
+def test_a_ledger_survives_the_way_through_json(parts):
+    entries = tuple(
+        entry(number, seed=seed, fingerprint=str(index), source=name).with_draws(3, consumed)
+        for index, (number, seed, consumed, name) in enumerate(parts)
+    )
+    ledger = Ledger(entries)
+    assert Ledger.from_json(json.loads(json.dumps(ledger.as_json()))) == ledger
+
+
+def test_the_json_says_in_words_what_was_consumed():
+    assert Ledger((entry().with_draws(0, 12),)).as_json() == {
+        "format_version": 1,
+        "sources": [
+            {
+                "source": "a",
+                "corpus": "data/a",
+                "fingerprint": "f",
+                "sequence_length": 8,
+                "seed": 3,
+                "windows_an_epoch": 10,
+                "windows_consumed": 12,
+                "epochs": [[[0, 10]], [[0, 2]]],
+            }
+        ],
+    }
+
+
+@pytest.mark.parametrize("plain", [{"sources": []}, {"format_version": 2, "sources": []}])
+def test_a_ledger_of_another_release_is_a_fault(plain):
+    with pytest.raises(Fault, match=r"a ledger of format_version (None|2): this release reads 1"):
+        Ledger.from_json(plain)

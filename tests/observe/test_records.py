@@ -1,0 +1,54 @@
+"""Lines written are there at once, a torn one is passed over, and later ones are dropped on going on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cpt.observe.records import Records, read_records
+
+
+def test_a_line_is_on_the_disk_as_soon_as_it_is_written(tmp_path):
+    records = Records(tmp_path / "metrics.jsonl", 0)
+    records.write({"step": 1, "source": "français"})
+    assert list(read_records(tmp_path / "metrics.jsonl")) == [{"step": 1, "source": "français"}]
+    records.write({"step": 2})
+    assert (tmp_path / "metrics.jsonl").read_text(
+        encoding="utf-8"
+    ) == '{"step": 1, "source": "français"}\n{"step": 2}\n'
+    records.close()
+
+
+@pytest.mark.parametrize(("keep_until_step", "kept"), [(0, []), (2, [1, 2, 2]), (3, [1, 2, 2, 3]), (9, [1, 2, 2, 3])])
+def test_lines_after_the_step_that_a_run_goes_on_from_are_dropped(tmp_path, keep_until_step, kept):
+    path = tmp_path / "scores.jsonl"
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in (1, 2, 2, 3)))
+    records = Records(path, keep_until_step)
+    assert [record["step"] for record in records.kept] == kept
+    records.write({"step": 10})
+    assert [record["step"] for record in read_records(path)] == [*kept, 10]
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.jsonl"]
+
+
+@pytest.mark.parametrize("cut", range(1, 30))
+def test_a_line_torn_anywhere_even_within_a_character_is_passed_over(tmp_path, cut):
+    path = tmp_path / "metrics.jsonl"
+    torn = json.dumps({"step": 2, "source": "日本語日本語"}, ensure_ascii=False).encode()[:cut]
+    path.write_bytes(b'{"step": 1}\n' + torn)
+    assert list(read_records(path)) == [{"step": 1}]
+    records = Records(path, 5)
+    records.write({"step": 2})
+    assert list(read_records(path)) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_damaged_line_before_the_last_is_an_error(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="Invalid control character"):
+        list(read_records(tmp_path / "metrics.jsonl"))
+
+
+def test_numbers_survive_exactly(tmp_path):
+    record = {"step": 1, "loss": 0.1 + 0.2, "rate": 3e-05, "none": None}
+    Records(tmp_path / "m.jsonl", 0).write(record)
+    assert list(read_records(tmp_path / "m.jsonl")) == [record]

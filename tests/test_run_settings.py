@@ -1,0 +1,311 @@
+"""The sum of all settings: read from files and words, written in full, inherited by children, compared on resuming."""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cpt.config import Fault, as_mapping, read_mapping, read_settings, write_yaml
+from cpt.run import Run, differences, read_run
+
+SMALLEST = """
+output: runs/a
+model: {name: llama, vocabulary: 100}
+stages:
+- name: prose
+  tokens: 10K
+  sources: {prose: {corpus: data/prose}}
+  schedule: {name: constant, peak: 3e-4}
+"""
+
+FULL = """
+output: runs/full
+seed: 7
+parent: {run: PARENT, at: 500, optimizer_state: keep}
+model: {name: llama, vocabulary: 100, width: 64, layers: 2, heads: 4, kv_heads: 2, rope_base: 5e5, tied: true}
+sequence_length: 64
+batch: {windows: 24, micro_batch: 3}
+precision: fp32
+optimizer: {beta1: 0.8, beta2: 0.9, epsilon: 1e-6, weight_decay: 0, clip: 0.5}
+zero: 3
+mesh: {timeout_seconds: 60}
+kernels: {all: plain}
+methods: [{name: reptile, every: 5, step_size: 0.5}]
+evaluation: {held_out: {no: data/no, 5: data/five}, windows: 0, every_tokens: 1M, micro_batch: 2}
+checkpoint: {every_tokens: 2M, keep_last: 3}
+log: {every_steps: 10, peak_tflops: 989}
+deepspeed: {zero_optimization: {reduce_bucket_size: 5e8, stage: auto}, wall_clock_breakdown: true, tag: 2024-01-05}
+stages:
+- name: first
+  tokens: 300M
+  sources: {no: {corpus: data/no, share: 1/3}, de: {corpus: ~/data/de, share: 66.5%}}
+  replay: {share: 25%, accounting: adds_to_new}
+  schedule: {name: rewarm, peak: 3e-4, floor: 3e-5, warmup: 1%}
+- name: second
+  tokens: 1.5B
+  sources: {no: {corpus: data/no}}
+  schedule: {name: cosine, peak: 3e-4, warmup_tokens: 1M}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text: str, name: str = "run.yaml") -> str:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
+def full(file) -> Run:
+    file(SMALLEST, "parent/run.yaml")
+    path = file(FULL)
+    return read_run([file(FULL.replace("PARENT", str(Path(path).parent / "parent")))])
+
+
+def faults_of(*words: str) -> list[str]:
+    with pytest.raises(Fault) as caught:
+        read_run(words)
+    return list(caught.value.lines)
+
+
+def test_a_run_needs_few_words_and_the_rest_is_told_by_defaults(file):
+    run = read_run([file(SMALLEST)])
+    assert run.output == Path("runs/a")
+    assert run.stages[0].tokens == 10_000
+    assert run.stages[0].schedule.peak == 3e-4
+    assert (run.seed, run.sequence_length, run.precision, run.zero) == (1, 2048, "bf16", 1)
+
+
+def test_everything_that_can_be_set_is_read(full):
+    assert full.parent.at == "500"
+    assert full.model.rope_base == 5e5
+    assert full.stages[0].sources["no"].share == Fraction(1, 3)
+    assert full.stages[0].sources["de"].corpus == Path.home() / "data/de"
+    assert full.stages[0].replay.share == Fraction(1, 4)
+    assert full.methods[0].step_size == 0.5
+    assert full.evaluation.held_out == {"no": Path("data/no"), "5": Path("data/five")}
+    assert full.deepspeed["zero_optimization"]["reduce_bucket_size"] == 5e8
+    assert full.deepspeed["tag"] == "2024-01-05"
+
+
+def test_every_setting_of_the_full_run_differs_from_its_default(full):
+    """So that a setting that were lost on the way through a file would be missed below."""
+    alike = [f.name for f in dataclasses.fields(Run) if f.default is not dataclasses.MISSING
+             and getattr(full, f.name) == f.default]  # fmt: skip
+    assert alike == []
+
+
+def test_a_run_survives_the_way_through_a_mapping(full):
+    assert read_settings(Run, as_mapping(full)) == full
+
+
+def test_a_run_survives_the_way_through_its_run_yaml(full, tmp_path):
+    write_yaml(full, tmp_path / "again.yaml", "Every setting.")
+    assert read_run([str(tmp_path / "again.yaml")]) == full
+    assert as_mapping(full) == read_mapping([str(tmp_path / "again.yaml")])
+    assert as_mapping(full) == yaml.safe_load((tmp_path / "again.yaml").read_text())
+
+
+def test_run_yaml_says_every_setting(full, file, tmp_path):
+    write_yaml(read_run([file(SMALLEST)]), tmp_path / "again.yaml")
+    assert set(read_mapping([str(tmp_path / "again.yaml")])) == {field.name for field in dataclasses.fields(Run)}
+
+
+def test_words_override_the_file_into_lists_too(file):
+    run = read_run([file(SMALLEST), "seed=2", "stages.0.tokens=5", "stages.0.schedule.peak=1e-3", "precision=fp32"])
+    assert (run.seed, run.stages[0].tokens, run.stages[0].schedule.peak, run.precision) == (2, 5, 1e-3, "fp32")
+
+
+def test_tokens_are_rounded_up_to_whole_steps(file):
+    run = read_run([file(SMALLEST), "sequence_length=10", "batch.windows=4", "stages.0.tokens=401"])
+    assert run.tokens_a_step == 40
+    assert run.num_steps(run.stages[0]) == 11
+    assert run.total_tokens == 440
+    assert run.num_steps(dataclasses.replace(run.stages[0], tokens=400)) == 10
+
+
+@pytest.mark.parametrize(
+    ("accounting", "share", "tokens", "total"),
+    [
+        ("replaces_new", "1/4", 300, 300),
+        ("adds_to_new", "1/4", 300, 400),
+        ("adds_to_new", "0", 300, 300),
+        ("adds_to_new", "1/3", 101, 152),  # 151.5: fewer would not hold 101 new ones
+        ("adds_to_new", "99/100", 3 * 10**15, 3 * 10**17),
+    ],
+)
+def test_replayed_tokens_replace_new_ones_or_come_on_top(file, accounting, share, tokens, total):
+    words = [f"stages.0.replay={{share: {share}, accounting: {accounting}}}", f"stages.0.tokens={tokens}"]
+    assert read_run([file(SMALLEST), *words]).stages[0].total_tokens == total
+
+
+def test_the_part_for_the_engine_is_what_the_run_says(full):
+    engine = full.engine
+    assert (engine.precision, engine.zero, engine.batch, engine.optimizer, engine.deepspeed) == (
+        "fp32", 3, full.batch, full.optimizer, full.deepspeed,
+    )  # fmt: skip
+
+
+CHILD = SMALLEST.replace("model: {name: llama, vocabulary: 100}", "parent: {run: PARENT}")
+
+
+def test_a_child_takes_model_and_sequence_length_from_its_parent(file, full, tmp_path):
+    write_yaml(full, Path(file("", "base/run.yaml")))
+    child = read_run([file(CHILD), f"parent.run={tmp_path}/base"])
+    assert child.model == full.model
+    assert child.sequence_length == 64
+    assert child.precision == "bf16"
+
+
+def test_a_child_may_choose_another_sequence_length(file, tmp_path):
+    file(SMALLEST, "base/run.yaml")
+    assert read_run([file(CHILD), f"parent.run={tmp_path}/base", "sequence_length=128"]).sequence_length == 128
+
+
+def test_a_parent_is_found_from_the_home_folder(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file(SMALLEST, "base/run.yaml")
+    assert read_run([file(CHILD), "parent.run=~/base"]).model.vocabulary == 100
+
+
+def test_a_parent_that_is_not_there_is_told_with_its_neighbours_and_all_other_faults(file, tmp_path):
+    file(SMALLEST, "runs/b/run.yaml")
+    file(SMALLEST, "runs/a/run.yaml")
+    lines = faults_of(file(CHILD), f"parent.run={tmp_path}/runs/c", "sed=3", "zero=9")
+    assert lines == [
+        f"parent.run = {tmp_path}/runs/c: there is no run (no {tmp_path}/runs/c/run.yaml); beside it there are: a, b",
+        "sed: there is no such setting; did you mean seed?",
+        "zero = 9 is not known; known: 0, 1, 2, 3",
+    ]
+
+
+def test_a_parent_with_a_damaged_run_yaml_is_a_fault(file, tmp_path):
+    file("a: [1", "base/run.yaml")
+    assert "base/run.yaml: line 1: not YAML: " in faults_of(file(CHILD), f"parent.run={tmp_path}/base")[0]
+
+
+def test_a_parent_in_the_home_of_nobody_is_a_fault(file):
+    missing, no_path = faults_of(file(CHILD), "parent.run=~nobody-of-that-name/base")
+    assert missing.startswith("parent.run = ~nobody-of-that-name/base: there is no run")
+    assert no_path.startswith("parent.run = '~nobody-of-that-name/base': expected a path")
+
+
+def test_a_parent_that_is_only_a_name_is_a_fault(file):
+    assert "parent = 'runs/base': expected 'key: value' lines, got str" in faults_of(file(SMALLEST), "parent=runs/base")
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("stages=[]", "stages: name at least one"),
+        ("sequence_length=1", "sequence_length = 1: at least 2"),
+        ("sequence_length=4096",
+         "sequence_length = 4096: the model takes up to 2048; lower it or raise model.longest_sequence"),
+        ("model=null",
+         "model is not set; name one, such as {name: llama, vocabulary: 32000}, or a parent to take it from"),
+        ("stages.0.tokens=0", "stages.0.tokens = 0: at least 1"),
+        ("stages.0.sources={}",
+         "stages.0.sources: name at least one, such as {code: {corpus: data/code}}"),
+        ("stages.0.sources={replay/x: {corpus: a}}",
+         "stages.0.sources.replay/x: names that begin with replay/ are taken by replay"),
+        ("stages.0.replay.share=1", "stages.0.replay.share = 1.0: at least 0 and below 1"),
+        ("stages.0.schedule={name: cosine, peak: 1, warmup_tokens: 10K}",
+         "stages.0.schedule.warmup_tokens = 10,000: the stage has 10,000 tokens; warm up over fewer"),
+        ("zero=0", "zero = 0 with precision = bf16: "),
+        ("deepspeed.fp16.enabled=true",
+         "deepspeed.fp16: this is set by precision here; take it out of the block, or write auto"),
+        ("mesh.tensor=2", "mesh.tensor = 2: this version cuts along data only; use 1"),
+        ("mesh.timeout_seconds=0", "mesh.timeout_seconds = 0: at least 1"),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last = 0: at least 1"),
+        ("checkpoint.every_tokens=0",
+         "checkpoint.every_tokens = 0: at least 1; leave it out to save at stage ends only"),
+        ("log.every_steps=0", "log.every_steps = 0: at least 1"),
+        ("log.peak_tflops=0", "log.peak_tflops = 0.0: above 0; leave it out to have it found"),
+        ("evaluation.windows=-1", "evaluation.windows = -1: at least 1, or 0 for all"),
+        ("evaluation.every_tokens=0",
+         "evaluation.every_tokens = 0: at least 1; leave it out to score at stage ends only"),
+        ("evaluation.micro_batch=0", "evaluation.micro_batch = 0: at least 1"),
+        ("batch.windows=0", "batch.windows = 0: at least 1"),
+        ("optimizer.beta1=1", "optimizer.beta1 = 1.0: at least 0 and below 1"),
+        ("kernels.attention=fast", "kernels.attention = fast is not known; use auto, "),
+    ],
+)  # fmt: skip
+def test_a_contradiction_is_one_line_that_names_the_setting(file, word, told):
+    (line,) = faults_of(file(SMALLEST), word)
+    assert line == told or (told.endswith(" ") and line.startswith(told))
+
+
+def test_a_parent_at_a_place_that_is_no_step_is_a_fault(file, tmp_path):
+    file(SMALLEST, "base/run.yaml")
+    assert faults_of(file(CHILD), f"parent.run={tmp_path}/base", "parent.at=last") == [
+        "parent.at = last: a step, or latest"
+    ]
+
+
+def test_two_stages_of_one_name_are_a_fault(file):
+    stage = "{name: a, tokens: 5, sources: {x: {corpus: y}}, schedule: {name: constant, peak: 1}}"
+    assert faults_of(file(SMALLEST), f"stages=[{stage}, {stage}]") == [
+        "stages: more than one is called a; give each its own name"
+    ]
+
+
+def test_contradictions_of_all_parts_are_told_at_once(file):
+    words = ["zero=0", "sequence_length=1", "log.every_steps=0", "stages.0.tokens=0", "deepspeed.fp16=true"]
+    assert len(faults_of(file(SMALLEST), *words)) == 5
+
+
+def test_a_run_is_equal_to_itself(full):
+    assert differences(as_mapping(full), as_mapping(full)) == []
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["output=elsewhere", "zero=2", "mesh.timeout_seconds=5", "kernels.all=plain", "evaluation.windows=3",
+     "evaluation.held_out.x=y", "checkpoint.keep_last=9", "log.every_steps=7", "deepspeed.wall_clock_breakdown=true",
+     "batch.micro_batch=1"],
+)  # fmt: skip
+def test_what_only_alters_how_a_step_is_computed_is_free_to_change(file, word):
+    one, other = read_run([file(SMALLEST)]), read_run([file(SMALLEST), word])
+    assert as_mapping(one) != as_mapping(other)
+    assert differences(as_mapping(one), as_mapping(other)) == []
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("seed=2", ["seed is 2, the run began with 1"]),
+        ("batch.windows=8", ["batch.windows is 8, the run began with 64"]),
+        ("precision=fp32", ["precision is fp32, the run began with bf16"]),
+        ("stages.0.tokens=5", ["stages.0.tokens is 5, the run began with 10000"]),
+        ("stages.0.sources.prose.share=1/3", ["stages.0.sources.prose.share is 1/3, the run began with 1.0"]),
+        ("stages.0.schedule.peak=1", ["stages.0.schedule.peak is 1.0, the run began with 0.0003"]),
+        ("model.width=64", ["model.width is 64, the run began with 256"]),
+        (
+            "methods=[reptile]",
+            [
+                "methods is not set, the run began with []",
+                "methods.0.name is reptile, the run began with none",
+                "methods.0.every is 500, the run began with none",
+                "methods.0.step_size is 0.7, the run began with none",
+            ],
+        ),
+    ],
+)
+def test_what_alters_what_is_learned_is_told_with_both_values(file, word, told):
+    one, other = read_run([file(SMALLEST)]), read_run([file(SMALLEST), word])
+    assert differences(as_mapping(one), as_mapping(other)) == told
+
+
+def test_a_setting_taken_away_is_told(file):
+    one = read_run([file(SMALLEST), "stages.0.sources.more={corpus: x}"])
+    assert differences(as_mapping(one), as_mapping(read_run([file(SMALLEST)]))) == [
+        "stages.0.sources.more.corpus is not set, the run began with x",
+        "stages.0.sources.more.share is not set, the run began with 1.0",
+    ]

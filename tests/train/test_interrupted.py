@@ -1,0 +1,201 @@
+"""Stopped at any instant and started again by the same command, a run ends as if it had not been stopped."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from cpt_harness import runs
+from cpt_harness.ranks import RankError
+
+from cpt.checkpoint import find_checkpoint
+
+FIRST, SECOND = 80, 60  # steps of the two stages
+SAVED_EVERY = 25
+
+
+@pytest.fixture(scope="module")
+def config(data, tmp_path_factory) -> Path:
+    """Two stages, the second with replay of the first; Reptile with windows that fit neither stage nor checkpoint."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    stages = [
+        runs.stage(data, "prose", FIRST),
+        runs.stage(data, "code", SECOND, replay={"share": 0.25}, schedule={"name": "rewarm", "peak": 3e-3}),
+    ]
+    plain = runs.settings(
+        data, folder / "unbroken", stages,
+        checkpoint={"every_tokens": SAVED_EVERY * runs.TOKENS_A_STEP},
+        methods=[{"name": "reptile", "every": 7, "step_size": 0.6}],
+    )  # fmt: skip
+    plain["evaluation"]["every_tokens"] = 40 * runs.TOKENS_A_STEP
+    return runs.write_settings(folder / "run.yaml", plain)
+
+
+@pytest.fixture(scope="module")
+def unbroken(config) -> dict:
+    runs.trained(config)
+    return runs.story(config.parent / "unbroken")
+
+
+def last_step(run: Path) -> int:
+    return runs.lines(run / "metrics.jsonl")[-1]["step"]
+
+
+# ---- real signals to a real process
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "from_step"), [(signal.SIGTERM, 143, 17), (signal.SIGINT, 130, FIRST + 13)], ids=str
+)
+def test_a_signal_saves_first_and_the_same_command_goes_on(config, unbroken, tmp_path, number, status, from_step):
+    run = tmp_path / "run"
+    process = runs.start(config, f"output={run}", folder=tmp_path)
+    runs.wait_for_step(run, from_step, process)
+    process.send_signal(number)
+    assert runs.end(process) == status
+    stopped_at = last_step(run)
+    assert from_step <= stopped_at < FIRST + SECOND
+    assert find_checkpoint(run / "checkpoints").state["progress"]["step"] == stopped_at
+    assert f"asked to stop: saved at step {stopped_at}" in (tmp_path / "out.txt").read_text()
+    told = runs.trained(config, f"output={run}")
+    assert f"going on from {run}/checkpoints/step-{stopped_at:08d}: step {stopped_at}, " in told
+    assert_same_but_for_checkpoints(runs.story(run), unbroken)
+
+
+def assert_same_but_for_checkpoints(found: dict, expected: dict) -> None:
+    """A run that saved when it was stopped has kept other checkpoints, but as many, and the same last one."""
+    assert found["checkpoints"][-1] == expected["checkpoints"][-1]
+    assert len(found["checkpoints"]) == len(expected["checkpoints"])
+    runs.assert_same_story({**found, "checkpoints": []}, {**expected, "checkpoints": []})
+
+
+def test_killed_at_any_time_with_torn_last_lines_it_goes_on_from_its_last_checkpoint(config, unbroken, tmp_path):
+    run = tmp_path / "run"
+    for from_step in (5, 60):  # before the first checkpoint, and after the second
+        process = runs.start(config, f"output={run}", folder=tmp_path)
+        runs.wait_for_step(run, from_step, process)
+        process.kill()
+        assert runs.end(process) == -signal.SIGKILL
+        for name in ("metrics", "scores", "order"):
+            with (run / f"{name}.jsonl").open("ab") as file:
+                file.write(b'{"step": 61, "stage": "pro\xc3')
+    told = runs.trained(config, f"output={run}")
+    assert "going on from" in told
+    runs.assert_same_story(runs.story(run), unbroken)
+
+
+# ---- a stop at a chosen step
+
+
+@pytest.mark.parametrize("step", [1, FIRST - 2, FIRST - 1, FIRST, FIRST + SECOND - 2])
+def test_a_stop_near_the_ends_of_stages_is_saved_one_step_later_and_gone_on_with(config, unbroken, tmp_path, step):
+    run = tmp_path / "run"
+    ((status, told),) = runs.cpt("train", config, f"output={run}", before=runs.ask_to_stop_at(step))
+    assert status == 143 and f"saved at step {step + 1}" in told
+    assert last_step(run) == step + 1 and not (run / "finished.json").exists()
+    runs.trained(config, f"output={run}")
+    assert_same_but_for_checkpoints(runs.story(run), unbroken)
+
+
+@pytest.mark.parametrize("step", [FIRST + SECOND - 1, FIRST + SECOND])
+def test_a_stop_that_comes_with_the_last_step_lets_the_run_end(config, unbroken, tmp_path, step):
+    run = tmp_path / "run"
+    runs.trained(config, f"output={run}", before=runs.ask_to_stop_at(step))
+    assert (run / "finished.json").exists()
+    runs.assert_same_story(runs.story(run), unbroken)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"), [(2, []), (1, ["zero=3"]), (2, ["zero=2", "batch.micro_batch=1"])], ids=str
+)
+def test_gone_on_with_on_another_mesh_the_windows_are_the_same_and_the_losses_to_rounding(
+    config, unbroken, tmp_path, ranks, words
+):
+    run = tmp_path / "run"
+    runs.cpt("train", config, f"output={run}", before=runs.ask_to_stop_at(49))
+    runs.trained(config, f"output={run}", *words, ranks=ranks)
+    found = runs.story(run)
+    assert found["order"] == unbroken["order"] and found["ledger"] == unbroken["ledger"]
+    assert len(found["metrics"]) == len(unbroken["metrics"])
+    for mine, other in zip(found["metrics"], unbroken["metrics"], strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5), mine["step"]
+        assert mine["learning_rate"] == other["learning_rate"] and mine["tokens"] == other["tokens"]
+    for mine, other in zip(found["scores"], unbroken["scores"], strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert {**mine, "loss": 0, "bits_per_byte": 0} == {**other, "loss": 0, "bits_per_byte": 0}
+
+
+# ---- an end at every point where something is written
+
+
+def die_at(point: int):
+    """What makes a process die at its `point`-th act on the disk: the first half of a file is written, or nothing."""
+
+    def patch() -> None:
+        import cpt.checkpoint.write as write
+
+        acts = itertools.count()
+
+        def dying(act, half=None):
+            def do(*arguments, **named):
+                if next(acts) == point:
+                    if half:
+                        half(*arguments, **named)
+                    os._exit(9)
+                return act(*arguments, **named)
+
+            return do
+
+        write_text = Path.write_text
+        Path.write_text = dying(
+            Path.write_text, lambda path, text, **named: write_text(path, text[: len(text) // 2], **named)
+        )
+        for owner, name in ((Path, "replace"), (Path, "mkdir"), (shutil, "rmtree"), (shutil, "copytree"),
+                            (os, "fsync"), (write, "save_file")):  # fmt: skip
+            setattr(owner, name, dying(getattr(owner, name)))
+
+    return patch
+
+
+def num_acts(words: list) -> int:
+    """How many acts on the disk a whole run makes."""
+    low, high = 0, 1000
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            runs.cpt("train", *words, f"output={words[0].parent / f'count-{middle}'}", before=die_at(middle))
+            high = middle
+        except RankError:
+            low = middle + 1
+    return low
+
+
+@pytest.fixture(scope="module")
+def short(data, base, tmp_path_factory) -> tuple[Path, dict, int]:
+    """A child of four steps in two stages that saves at every second one; its story; its number of acts."""
+    folder = tmp_path_factory.mktemp("short")
+    stages = [runs.stage(data, "code", 2), runs.stage(data, "both", 2, "prose", replay={"share": 0.5})]
+    plain = runs.settings(
+        data, folder / "unbroken", stages, parent={"run": str(base)}, methods=["reptile"],
+        checkpoint={"every_tokens": runs.TOKENS_A_STEP, "keep_last": 1},
+    )  # fmt: skip
+    config = runs.write_settings(folder / "run.yaml", plain)
+    runs.trained(config)
+    return config, runs.story(folder / "unbroken"), num_acts([config])
+
+
+def test_died_at_any_act_on_the_disk_a_run_is_begun_again_or_gone_on_with_and_ends_the_same(short, tmp_path):
+    config, unbroken, number = short
+    assert number > 50
+    for point in range(0, number, 7):
+        run = tmp_path / f"died-{point}"
+        with pytest.raises(RankError, match=r"ended with \[9\]"):
+            runs.cpt("train", config, f"output={run}", before=die_at(point))
+        runs.trained(config, f"output={run}")
+        there = sorted(path.name for path in run.rglob("*"))
+        assert there == sorted(path.name for path in (config.parent / "unbroken").rglob("*")), point
+        runs.assert_same_story(runs.story(run), unbroken)
