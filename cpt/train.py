@@ -236,8 +236,8 @@ class _Loop:
         was_made = "the update was left out" if result.skipped else "the update was made"
         raise TrainingError(
             f"step {progress.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}: not finite; {was_made} "
-            f"and the run ends. Its windows stand in {self.folder.path / name}. The last checkpoint is whole; go on from "
-            "it with a lower learning rate, in a child run (parent: {run: ...})"
+            f"and the run ends. Its windows stand in {self.folder.path / name}. The last checkpoint is whole; go on "
+            "from it with a lower learning rate, in a child run (parent: {run: ...})"
         )
 
 
