@@ -22,7 +22,7 @@ def data(tmp_path_factory) -> Path:
     """Corpora `prose` and `code`, each with its `-held-out`."""
     from cpt_harness import runs
 
-    return runs.write_data(tmp_path_factory.mktemp("data") / "data")
+    return runs.write_data(tmp_path_factory.mktemp("a path") / "data")
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,7 @@ def base(data, tmp_path_factory) -> Path:
     """A finished run that learned prose: 20 steps, Reptile every 3."""
     from cpt_harness import runs
 
-    folder = tmp_path_factory.mktemp("base")
+    folder = tmp_path_factory.mktemp("base run")
     plain = runs.settings(
         data, folder / "base", [runs.stage(data, "prose", 20)], methods=[{"name": "reptile", "every": 3}]
     )

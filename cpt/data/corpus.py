@@ -66,6 +66,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> None:
+        """Write `corpus.json` of the corpus in `folder`."""
         (folder / MANIFEST_NAME).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -161,10 +162,12 @@ class Corpus:
 
     @property
     def vocabulary_size(self) -> int | None:
+        """Entries of the tokenizer that made the tokens; every id is below it."""
         return self.manifest.vocabulary_size if self.manifest else None
 
     @property
     def tokenizer_hash(self) -> str | None:
+        """Hash of the file that decides the tokenizer's ids."""
         return self.manifest.tokenizer_hash if self.manifest else None
 
     @property
@@ -196,6 +199,7 @@ class Corpus:
 
     @property
     def num_shards(self) -> int:
+        """How many shards the stream is cut into."""
         return len(self._prefixes)
 
     def shard(self, index: int) -> TokenFile:

@@ -61,12 +61,14 @@ class RawStream(TokenFile):
 
     @cached_property
     def document_starts(self) -> np.ndarray:
+        """First token of each document and, last, the number of tokens, int64 [documents + 1]."""
         ends = self._ends(self)
         # What follows the last end, if anything, is a document too.
         return np.unique(np.concatenate(([0], ends, [self.num_tokens])).astype(np.int64))
 
     @property
     def num_documents(self) -> int:
+        """How many documents the stream is cut into."""
         return len(self.document_starts) - 1
 
     def document(self, index: int) -> np.ndarray:

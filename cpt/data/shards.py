@@ -61,6 +61,7 @@ class ShardWriter:
 
     @property
     def num_documents(self) -> int:
+        """Documents of the shard, one for each sequence."""
         return len(self._lengths)
 
     def add_document(self, token_ids: np.ndarray) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 
-class TokenFile:
+class TokenFile(ABC):
     """Tokens, stretches and documents of one file.
 
     prefix: names the shard in messages. dtype: of the stored token ids. A subclass sets these and tells
@@ -26,9 +27,9 @@ class TokenFile:
         self._views: dict[int, np.ndarray] = {}
 
     @property
+    @abstractmethod
     def document_starts(self) -> np.ndarray:
         """First token of each document and, last, the number of tokens, int64 [documents + 1]."""
-        raise NotImplementedError
 
     @property
     def document_lengths(self) -> np.ndarray:

@@ -8,6 +8,8 @@ Letters: B windows, S sequence length.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -71,11 +73,13 @@ class Engine:
             {"params": [p for n, p in named if not decays(n)], "weight_decay": 0.0},
         ]
         self._model = model
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=make_optimizer([g for g in groups if g["params"]]),
-            config=deepspeed_settings(settings, mesh.data_size),
-        )
+        # BF16_Optimizer prints what memory there is, seven times, whatever its settings say.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=make_optimizer([g for g in groups if g["params"]]),
+                config=deepspeed_settings(settings, mesh.data_size),
+            )
         self.masters = Masters(self._engine, model, settings.zero)
         self._progress = Progress()
         self._clipped_norm = 0.0

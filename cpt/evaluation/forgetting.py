@@ -186,6 +186,7 @@ def retained_loss(matrix: ScoreMatrix, source_of_stage: Mapping[str, str]) -> fl
 
 
 def loss_in(row: ScoreRow, source: str) -> float:
+    """The loss of `source` in one evaluation; Fault if it was not scored there."""
     if source not in row.scores:
         known = ", ".join(row.scores) or "nothing"
         raise Fault(f"source {source} was not evaluated at step {row.step}; evaluated there: {known}")
@@ -193,6 +194,7 @@ def loss_in(row: ScoreRow, source: str) -> float:
 
 
 def mean(losses: Sequence[float]) -> float:
+    """The arithmetic mean; Fault if there is nothing to take it of."""
     if not losses:
         raise Fault("no stages were given to take the mean over; name at least one stage and its source")
     return math.fsum(losses) / len(losses)

@@ -84,14 +84,6 @@ class Mesh:
         """Whether `here` is true on some rank; the answer is the same on all."""
         return bool(self.sum(torch.tensor(int(here), device=self.device)).item() > 0)
 
-    def from_first(self, value: object) -> object:
-        """The first rank's `value` (text, numbers, lists and dicts of such), on every rank."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
-
 
 def threads_for(local_size: int) -> int:
     """CPU threads for one of `local_size` ranks of this machine: its share of the cores this process may use."""

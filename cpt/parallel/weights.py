@@ -74,6 +74,7 @@ class Masters:
 
     @num_updates.setter
     def num_updates(self, number: int) -> None:
+        """Let bias correction count from `number` updates."""
         for flat in self._flats:
             self._inner.state[flat]["step"].fill_(float(number))
 

@@ -107,10 +107,12 @@ def page(runs: Sequence[RunRecord]) -> str:
 
 
 def section(title: str, content: str) -> str:
+    """A headed part of the page; nothing if it has no content."""
     return f"<h2>{title}</h2>\n{content}" if content else ""
 
 
 def notes(runs: Sequence[RunRecord]) -> str:
+    """What was odd about the files of the runs, as a list."""
     told = [note for run in runs for note in run.notes]
     return f'<p class="pale">Note: {escape("; ".join(told))}.</p>' if told else ""
 
@@ -149,6 +151,7 @@ def html_table(table: Table) -> str:
 
 
 def pictures(runs: Sequence[RunRecord]) -> str:
+    """The curves over the course of training."""
     told = [
         (plots.held_out_loss(runs), "Loss on held-out text, before the first step and at each evaluation since."),
         (plots.training_loss(runs), "Loss of the training steps; the bold line is a running mean."),
@@ -158,6 +161,7 @@ def pictures(runs: Sequence[RunRecord]) -> str:
 
 
 def heat_maps(runs: Sequence[RunRecord]) -> str:
+    """The score matrix of each run that was evaluated."""
     evaluated = [run for run in runs if run.scores.sources]
     if not evaluated:
         return ""
@@ -167,6 +171,7 @@ def heat_maps(runs: Sequence[RunRecord]) -> str:
 
 
 def figure(picture: str, caption: str) -> str:
+    """A picture with its caption."""
     return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
@@ -178,6 +183,7 @@ def lineage(runs: Sequence[RunRecord]) -> str:
 
 
 def branch(run: RunRecord, runs: Sequence[RunRecord]) -> str:
+    """Where a run began, in words."""
     origin = "starts afresh"
     if run.parent:
         origin = f"left {run.parent_label or run.parent.folder} at step {run.parent.step}"
@@ -192,5 +198,6 @@ def branch(run: RunRecord, runs: Sequence[RunRecord]) -> str:
 
 
 def settings(run: RunRecord) -> str:
+    """`run.yaml` of a run, folded away."""
     text = run.settings or "run.yaml is not there"
     return f"<details><summary>{escape(run.label)}</summary><pre>{escape(text)}</pre></details>\n"

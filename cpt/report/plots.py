@@ -170,17 +170,20 @@ def lines(
 
 
 def curve(run: RunRecord, points: Sequence[tuple[int, float | None]]) -> Curve:
+    """The finite points of a run as a curve over the tokens of its lineage."""
     finite = [(tokens, value) for tokens, value in points if value is not None and math.isfinite(value)]
     tokens, values = np.array(finite, dtype=float).reshape(-1, 2).T
     return Curve(run, tokens + run.tokens_before, values)
 
 
 def draw_plain(axes: Axes, one: Curve, ink: str) -> None:
+    """Draw a curve as a line."""
     tokens, values = thinned(one)
     axes.plot(tokens, values, color=ink, linewidth=1.6)
 
 
 def draw_dotted(axes: Axes, one: Curve, ink: str) -> None:
+    """Draw a curve with a dot at each evaluation."""
     tokens, values = thinned(one)
     axes.plot(tokens, values, color=ink, linewidth=1.6, marker="o" if len(tokens) <= 40 else None, markersize=3.5)
 
@@ -220,10 +223,12 @@ def look_at_children(axes: Axes, curves: Sequence[Curve]) -> None:
 
 
 def colour(run: RunRecord, runs: Sequence[RunRecord]) -> str:
+    """The colour that a run has in every picture."""
     return RUN_COLOURS[[other.label for other in runs].index(run.label) % len(RUN_COLOURS)]
 
 
 def tick(tokens: float) -> str:
+    """A number of tokens as an axis shows it."""
     number, _, unit = tokens_cell(tokens).partition(" ")
     return (number.rstrip("0").rstrip(".") if "." in number else number) + (f" {unit}" if unit else "")
 
@@ -255,10 +260,12 @@ def shade(row: ScoreRow, source: str, runs: Sequence[RunRecord]) -> float:
 
 
 def finite_losses(runs: Sequence[RunRecord], source: str) -> list[float]:
+    """All finite losses of a source in these runs."""
     return [loss for run in runs for loss in run.scores.column(source) if loss is not None and math.isfinite(loss)]
 
 
 def row_name(row: ScoreRow) -> str:
+    """What a row of the score matrix is called."""
     if row.step == 0:
         return "before step 1"
     return f"{shortened(row.stage)}, end, step {row.step}" if row.is_stage_end else f"step {row.step}"
@@ -283,4 +290,5 @@ def svg(figure: Figure, name: str, description: str) -> str:
 
 
 def escaped(words: str) -> str:
+    """Words that are safe inside SVG."""
     return words.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")

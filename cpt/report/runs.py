@@ -140,6 +140,7 @@ def read_json_lines(path: Path, notes: list[str]) -> list[dict[str, object]]:
 
 
 def read_lineage(path: Path) -> dict[str, object]:
+    """What `lineage.json` says; empty if there is none."""
     if not path.is_file():
         return {}
     try:
@@ -152,6 +153,7 @@ def read_lineage(path: Path) -> dict[str, object]:
 
 
 def parse_parent(parent: dict[str, object] | None) -> Parent | None:
+    """The parent that `lineage.json` names, None for a run without."""
     if parent is None:
         return None
     return Parent(folder=str(parent["run"]), step=int(parent["step"]), tokens=int(parent["tokens"]))
@@ -182,6 +184,7 @@ def parse_steps(lines: Iterable[dict[str, object]]) -> tuple[StepRecord, ...]:
 
 
 def number_or_none(value: object) -> float | None:
+    """A JSON number as a float; None stays None."""
     return None if value is None else float(value)
 
 

@@ -49,6 +49,7 @@ def comparison_tables(runs: Sequence[RunRecord], width: int) -> list[Table]:
 
 
 def comparison(title: str, runs: Sequence[RunRecord], sources: Sequence[str], columns: Sequence[str]) -> Table:
+    """A row for each run, a group of columns for each source."""
     rows = []
     for run in runs:
         cells = [run.label]
@@ -144,6 +145,7 @@ def findings(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def finding(run: RunRecord) -> str:
+    """What one run learned, lost and kept, as a sentence."""
     learned, lost, kept = [], [], []
     for source in run.scores.sources:
         losses = run.scores.column(source)
@@ -191,10 +193,12 @@ def comparisons_of_siblings(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def all_sources(runs: Sequence[RunRecord]) -> list[str]:
+    """The sources that any of the runs was scored on, in order of appearance."""
     return list(dict.fromkeys(source for run in runs for source in run.scores.sources))
 
 
 def listing(things: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
     return things[0] if len(things) == 1 else ", ".join(things[:-1]) + " and " + things[-1]
 
 
@@ -202,10 +206,12 @@ def listing(things: Sequence[str]) -> str:
 
 
 def loss_cell(loss: float | None) -> str:
+    """A loss with three decimals, a dash if there is none."""
     return "-" if loss is None else f"{loss:.3f}"
 
 
 def difference_cell(difference: float | None) -> str:
+    """A difference with its sign and three decimals, a dash if there is none."""
     return "-" if difference is None else f"{difference:+.3f}"
 
 

@@ -88,6 +88,7 @@ def find_rendezvous(
 def from_torch_variables(
     environment: Mapping[str, str], arguments_local_rank: int | None, free_port: Callable[[], int]
 ) -> Rendezvous:
+    """The place that RANK, WORLD_SIZE and their like tell, as deepspeed and torchrun set them."""
     rank = number(environment, "RANK")
     if "WORLD_SIZE" not in environment:
         raise Fault(f"RANK = {rank} but WORLD_SIZE is not set; set both, or neither for a single process")
@@ -126,6 +127,7 @@ def is_slurm_step(environment: Mapping[str, str]) -> bool:
 
 
 def from_slurm_step(environment: Mapping[str, str], free_port: Callable[[], int]) -> Rendezvous:
+    """The place that SLURM tells a task of a step."""
     size_variable = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
     rank = number(environment, "SLURM_PROCID")
     world_size = number(environment, size_variable, at_least=1)
@@ -148,6 +150,7 @@ def from_slurm_step(environment: Mapping[str, str], free_port: Callable[[], int]
 
 
 def step_hosts(environment: Mapping[str, str]) -> list[str]:
+    """The machines of the step, in SLURM's order."""
     variable = "SLURM_STEP_NODELIST" if "SLURM_STEP_NODELIST" in environment else "SLURM_JOB_NODELIST"
     return expand_hosts(text(environment, variable), variable)
 
@@ -161,6 +164,7 @@ def port_of_step(environment: Mapping[str, str]) -> int:
 
 
 def tasks_on_this_node(environment: Mapping[str, str], world_size: int) -> int:
+    """How many tasks of the step run on this machine."""
     variable = "SLURM_STEP_TASKS_PER_NODE"
     if variable not in environment:
         if len(step_hosts(environment)) == 1:
@@ -219,6 +223,7 @@ def expand_bracket(bracket: str) -> list[str]:
 
 
 def text(environment: Mapping[str, str], name: str) -> str:
+    """A variable's value; Fault if it is empty or not set."""
     value = environment.get(name, "").strip()
     if not value:
         raise Fault(f"{name} is not set; deepspeed, torchrun and srun set it: start with one of them, or set it")
@@ -226,6 +231,7 @@ def text(environment: Mapping[str, str], name: str) -> str:
 
 
 def number(environment: Mapping[str, str], name: str, at_least: int = 0, otherwise: int | None = None) -> int:
+    """A variable's value as a whole number; Fault if it is none or too small."""
     if name not in environment and otherwise is not None:
         return otherwise
     value = text(environment, name)
@@ -235,6 +241,7 @@ def number(environment: Mapping[str, str], name: str, at_least: int = 0, otherwi
 
 
 def port_number(environment: Mapping[str, str]) -> int:
+    """MASTER_PORT; Fault if it is no port."""
     port = number(environment, "MASTER_PORT", at_least=1)
     if port > 65535:
         raise Fault(f"MASTER_PORT = {port} is not a port; ports go from 1 to 65535")
@@ -244,6 +251,7 @@ def port_number(environment: Mapping[str, str]) -> int:
 def check_local(
     local_rank: int, rank_variable: str, local_world_size: int, size_variable: str, world_size: int
 ) -> None:
+    """Fault if the local rank does not fit the processes of this machine."""
     if local_rank >= local_world_size:
         raise Fault(f"{rank_variable} = {local_rank} is not below {size_variable} = {local_world_size}")
     if local_world_size > world_size:

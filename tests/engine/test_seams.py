@@ -193,6 +193,16 @@ def test_scores_are_those_of_the_weights_and_change_nothing():
             assert found.dtype == torch.float64 and (found - expected).abs().max() < 1e-4
 
 
+def test_nothing_is_printed_but_what_is_logged(capfd):
+    def work(mesh):
+        for zero, precision in LAYOUTS:
+            tiny.take_steps(tiny.start_engine(mesh, zero=zero, precision=precision), mesh, 0, 1)
+
+    capfd.readouterr()
+    on_ranks(1, work)
+    assert capfd.readouterr().out == ""
+
+
 def test_a_batch_that_cannot_be_cut_over_the_ranks_is_a_fault():
     def work(mesh):
         with pytest.raises(Fault, match="batch.windows = 7 cannot be cut over 2 ranks"):

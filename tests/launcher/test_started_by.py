@@ -20,7 +20,7 @@ BIN = Path(sys.executable).parent
 @pytest.fixture(scope="module")
 def config(data, tmp_path_factory) -> Path:
     """A run that is still going when the stop comes."""
-    folder = tmp_path_factory.mktemp("started")
+    folder = tmp_path_factory.mktemp("with a space")
     plain = runs.settings(data, folder / "run", [runs.stage(data, "prose", NUM_STEPS)])
     plain["evaluation"]["every_tokens"] = plain["checkpoint"]["every_tokens"] = None
     return runs.write_settings(folder / "run.yaml", plain)

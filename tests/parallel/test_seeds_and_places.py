@@ -53,7 +53,6 @@ def test_a_lone_rank_needs_nobody():
     assert values.tolist() == [1.0, 2.0]
     assert mesh.any(True) is True
     assert mesh.any(False) is False
-    assert mesh.from_first({"a": [1]}) == {"a": [1]}
     mesh.wait()
 
 

@@ -71,18 +71,22 @@ class CorpusWriter:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens written so far."""
         return self._state.num_tokens
 
     @property
     def num_documents(self) -> int:
+        """Documents written so far."""
         return self._state.num_documents
 
     @property
     def num_bytes(self) -> int:
+        """UTF-8 bytes of the text written so far."""
         return self._state.num_bytes
 
     @property
     def num_shards(self) -> int:
+        """Shards so far, the unfinished one included."""
         return len(self._state.shards) + (self._spool.num_documents > 0)
 
     def add_document(self, token_ids: np.ndarray, num_bytes: int) -> None:

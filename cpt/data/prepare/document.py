@@ -66,6 +66,7 @@ class Source:
     start: int
 
     def end(self, record: int) -> Position:
+        """The position right after `record`."""
         return Position(self.number, record)
 
 
@@ -77,6 +78,7 @@ class Troubles:
         self.counts = counts
 
     def meet(self, cause: str, what: str, way_out: str) -> None:
+        """Stop at a fault with a Fault that tells `what` and `way_out`, or count it by `cause` and go on."""
         if not self._is_skipping:
             raise Fault(f"{what}; {way_out}, or leave such input out with --on-error skip")
         if self.counts[cause] == 0:
@@ -85,8 +87,10 @@ class Troubles:
 
 
 def is_domain(value: Any) -> bool:
+    """Whether a value can name a domain: text that is not empty, or a whole number."""
     return isinstance(value, str | int) and not isinstance(value, bool) and value != ""
 
 
 def shown(value: Any) -> str:
+    """A value as a message shows it, cut short."""
     return f"it holds {json.dumps(value)[:40]}"

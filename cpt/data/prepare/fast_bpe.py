@@ -94,6 +94,7 @@ class FastBpe:
         )
 
     def encode(self, text: str) -> np.ndarray | None:
+        """The ids that the reference would give, int32; None for a text that is left to the reference."""
         if has_doubtful_characters(text):
             return None
         if len(text) > LONGEST_WHITE_SPACE and _TOO_LONG_WHITE_SPACE.search(text):

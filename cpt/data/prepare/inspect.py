@@ -51,6 +51,7 @@ class Inspection:
 
     @property
     def bytes_per_token(self) -> float | None:
+        """UTF-8 bytes of text for each token; None if the bytes are not known."""
         return self.num_bytes / self.num_tokens if self.num_bytes is not None and self.num_tokens else None
 
 

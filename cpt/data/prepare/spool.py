@@ -46,10 +46,12 @@ class Spool:
 
     @property
     def size(self) -> SpoolSize:
+        """What has been added so far."""
         return SpoolSize(self.num_tokens, self.num_documents)
 
     @property
     def paths(self) -> list[Path]:
+        """The files of the spool."""
         return list(self._types)
 
     def add(self, token_ids: np.ndarray, record: tuple[int, ...]) -> None:

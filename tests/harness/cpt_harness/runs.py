@@ -8,11 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import tokenizers
@@ -146,7 +147,8 @@ def cpt(
             if before:
                 before()
             status = main([str(word) for word in words])
-        return status, file.read_text(encoding="utf-8")
+        file.seek(0)
+        return status, file.read().decode()
 
     return in_processes([lambda rank=rank: on_one(rank) for rank in range(ranks)], seconds)
 
@@ -159,15 +161,15 @@ def trained(*words: object, **named: Any) -> str:
 
 
 @contextmanager
-def _caught() -> Iterator[Path]:
+def _caught() -> Iterator[IO[bytes]]:
     """Standard error goes into a file."""
-    path = Path(f"/proc/self/fd/{os.memfd_create('stderr')}")
     sys.stderr.flush()
     kept = os.dup(2)
-    os.dup2(int(path.name), 2)
+    file = tempfile.TemporaryFile()  # noqa: SIM115 (it is read after the block)
+    os.dup2(file.fileno(), 2)
     old, sys.stderr = sys.stderr, open(2, "w", closefd=False, buffering=1)  # noqa: SIM115 (it must not be closed)
     try:
-        yield path
+        yield file
     finally:
         sys.stderr.flush()
         sys.stderr = old
@@ -187,7 +189,8 @@ def start(*words: object, folder: Path, launcher: Sequence[object] = (), **envir
 
 
 def _take_one_core() -> None:
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 def wait_for(what: Callable[[], Any], why: str, seconds: float = SECONDS) -> Any:
