@@ -12,6 +12,9 @@ TEXT=runs/quickstart/text DATA=runs/quickstart/data
 show() { printf '\n$ %s\n' "$*"; "$@"; }
 say() { printf '\n== %s ==\n' "$*"; }
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+# pip gives the deepspeed script a first line that breaks where the environment's path has a space.
+DEEPSPEED_SCRIPT="$(command -v deepspeed)"
+deepspeed() { python "$DEEPSPEED_SCRIPT" "$@"; }
 # --num_accelerators: how many processes; deepspeed would start one for each GPU, and one on a machine without.
 train() {
     config="$1"; shift

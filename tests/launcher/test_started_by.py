@@ -35,7 +35,7 @@ def unbroken(config) -> Path:
 
 
 def deepspeed() -> list[object]:
-    return [BIN / "deepspeed", "--num_accelerators", 2, "--master_port", pick_free_port()]
+    return [sys.executable, BIN / "deepspeed", "--num_accelerators", 2, "--master_port", pick_free_port()]
 
 
 def processes_of(process) -> list[psutil.Process]:

@@ -199,3 +199,29 @@ def test_died_at_any_act_on_the_disk_a_run_is_begun_again_or_gone_on_with_and_en
         there = sorted(path.name for path in run.rglob("*"))
         assert there == sorted(path.name for path in (config.parent / "unbroken").rglob("*")), point
         runs.assert_same_story(runs.story(run), unbroken)
+
+
+@pytest.mark.parametrize("num_written", [1, 3])
+def test_died_between_two_lines_of_one_evaluation_it_is_written_whole_once(base, data, tmp_path, num_written):
+    def die_while_scoring() -> None:
+        from cpt.observe.records import Records
+
+        write = Records.write
+
+        def dying(records, record):
+            nonlocal num_written
+            if "bits_per_byte" in record:
+                if num_written == 0:
+                    os._exit(9)
+                num_written -= 1
+            write(records, record)
+
+        Records.write = dying
+
+    plain = runs.settings(data, tmp_path / "run", [runs.stage(data, "code", 8)], parent={"run": str(base)})
+    config = runs.write_settings(tmp_path / "run.yaml", plain)
+    with pytest.raises(RankError, match=r"ended with \[9\]"):
+        runs.cpt("train", config, before=die_while_scoring)
+    runs.trained(config)
+    told = [(record["step"], record["source"]) for record in runs.lines(tmp_path / "run" / "scores.jsonl")]
+    assert told == [(step, source) for step in (0, 7, 8) for source in ("prose", "code")]
