@@ -63,6 +63,12 @@ class Parent:
     at: str = "latest"
     optimizer_state: Literal["keep", "reset"] = "reset"
 
+    @property
+    def tokenizer(self) -> Path | None:
+        """The tokenizer that the parent was trained with; None if it kept none."""
+        folder = self.run / "tokenizer"
+        return folder if folder.is_dir() and any(folder.iterdir()) else None
+
     def faults(self) -> list[str]:
         """A place that is no step."""
         return [] if self.at == "latest" or self.at.isdigit() else [f"at = {self.at}: a step, or latest"]
@@ -155,7 +161,7 @@ class Run:
                 f"sequence_length = {self.sequence_length}: the model takes up to {longest}; "
                 "lower it or raise model.longest_sequence"
             )
-        if self.model is None and self.parent is None:
+        if self.model is None:
             faults.append(
                 "model is not set; name one, such as {name: llama, vocabulary: 32000}, or a parent to take it from"
             )

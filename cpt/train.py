@@ -65,7 +65,7 @@ def train(run: Run, mesh: Mesh) -> Outcome:
     place, checkpoint, parent = _where_to_begin(run, folder, mesh)
     if place is None:
         return Outcome(folder.path, _steps_of(run))
-    corpora = open_corpora(_corpora_of(run), run.model.vocabulary)
+    corpora = open_corpora(_corpora_of(run), run.model.vocabulary, run.parent.tokenizer if run.parent else None)
     held_out = {n: HeldOut(p, run.sequence_length, run.evaluation.windows) for n, p in run.evaluation.held_out.items()}
     _refuse_bad_stages(run, place)
     kernels = switch.choose(run.kernels, mesh.device)
@@ -224,6 +224,17 @@ class _Loop:
         self.folder.keep_newest(self.folder.checkpoint_at(place.progress.step), self.run.checkpoint.keep_last)
         self.folder.write_json("ledger.json", ledger.as_json())
 
+    def _way_on(self) -> str:
+        """What a user can do after a step that was not finite."""
+        latest = self.folder.checkpoints / "latest"
+        if not latest.is_file():
+            return "Nothing was saved before; begin again in another output, with a lower learning rate"
+        step = int(latest.read_text(encoding="utf-8").strip().removeprefix("step-"))
+        parent = f"parent: {{run: {self.folder.path}, at: {step}}}"
+        return (
+            f"The checkpoint at step {step} is whole; go on from it in a child run with a lower learning rate: {parent}"
+        )
+
     def _refuse_to_go_on(self, progress: Progress, order: StageOrder, batch: Batch, result: StepResult) -> None:
         name = f"nonfinite-step-{progress.step + 1:08d}.json"
         if self.mesh.is_first:
@@ -236,8 +247,7 @@ class _Loop:
         was_made = "the update was left out" if result.skipped else "the update was made"
         raise TrainingError(
             f"step {progress.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}: not finite; {was_made} "
-            f"and the run ends. Its windows stand in {self.folder.path / name}. The last checkpoint is whole; go on "
-            "from it with a lower learning rate, in a child run (parent: {run: ...})"
+            f"and the run ends. Its windows stand in {self.folder.path / name}. {self._way_on()}"
         )
 
 
@@ -329,7 +339,7 @@ def _prepare_folder(run: Run, folder: RunFolder, mesh: Mesh, parent: tree.Parent
         write_yaml(run, folder.path / "run.yaml", "Every setting of this run; cpt train FILE starts the same again.")
         if not (folder.path / "lineage.json").is_file():
             tree.write_lineage(folder.path, parent)
-        tokenizer = next((corpus.tokenizer for corpus in corpora if corpus.tokenizer), None)
+        tokenizer = next((c.tokenizer for c in corpora if c.tokenizer), run.parent.tokenizer if run.parent else None)
         if tokenizer and not (folder.path / "tokenizer").is_dir():
             aside = folder.path / "tokenizer.aside"
             shutil.rmtree(aside, ignore_errors=True)

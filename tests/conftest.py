@@ -45,9 +45,9 @@ def child(data, base, tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("child")
     replay = {"share": "25%", "accounting": "adds_to_new"}
-    plain = runs.settings(
-        data, folder / "child", [runs.stage(data, "code", 12, replay=replay)], parent={"run": str(base)}
-    )
+    rewarm = {"name": "rewarm", "peak": 5e-3, "floor": 5e-4, "warmup": "25%"}
+    stages = [runs.stage(data, "code", 12, replay=replay, schedule=rewarm)]
+    plain = runs.settings(data, folder / "child", stages, parent={"run": str(base)})
     del plain["model"], plain["sequence_length"]
     runs.trained(runs.write_settings(folder / "child.yaml", plain))
     return folder / "child"

@@ -48,7 +48,8 @@ the report     $RUNS/report.html    loss curves, learning rates and score matric
 the runs       $RUNS/base, $RUNS/plain, $RUNS/replay
 
 Next, with your own text (jsonl with a "text" field, parquet or txt):
+  . .venv/bin/activate
   cpt data build YOUR_TEXT... --tokenizer $DATA/tokenizer --output data/mine --holdout 5%
-  cpt train configs/quickstart/replay.yaml output=runs/mine stages.0.sources.code.corpus=data/mine
-and from a model on the Hugging Face Hub, on GPUs or under SLURM: README.md, "Your own data".
+  cpt train configs/quickstart/replay.yaml parent.run=$RUNS/base output=runs/mine stages.0.sources.code.corpus=data/mine
+and from a model on the Hugging Face Hub, on GPUs or under SLURM: README.md.
 END

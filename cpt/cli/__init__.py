@@ -24,6 +24,9 @@ from cpt.observe.logs import log_to_terminal
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command that `words` (the process's own, if None) ask for; its exit status."""
     status = 0
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character gets a stand-in
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         status = _status_of(list(sys.argv[1:] if words is None else words))
         sys.stdout.flush()

@@ -89,6 +89,8 @@ def _of_run(run: Path, checkpoint: Checkpoint) -> TrainedModel:
     if not (run / "run.yaml").is_file():
         raise Fault(f"{run / 'run.yaml'} is missing: it says which model a checkpoint is of; copy the run's beside it")
     plain = read_mapping([str(run / "run.yaml")])
+    if not isinstance(plain.get("model"), dict):
+        raise Fault(f"{run / 'run.yaml'} names no model; it is not as a run wrote it")
     model = dict(plain["model"])
     settings = read_settings(settings_of_choice("cpt.models", model.pop("name")), model, "model")
     tokenizer = run / "tokenizer"

@@ -42,7 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
         faults.append(f"--sequence-length = {length}: the model takes up to {longest}, and at least 1")
     if faults:
         raise Fault(faults)
-    open_corpora({f"--corpora {path}": path for path in paths.values()}, trained.settings.vocabulary)
+    named = {f"--corpora {path}": path for path in paths.values()}
+    open_corpora(named, trained.settings.vocabulary, trained.tokenizer if trained.run else None)
     model = trained.built()
     device = next(model.parameters()).device
 

@@ -7,14 +7,18 @@ from pathlib import Path
 
 from cpt.config import Fault
 from cpt.data.corpus import Corpus
+from cpt.data.prepare.tokenizers import Tokenizer
 
 
-def open_corpora(paths: Mapping[str, Path], vocabulary: int) -> list[Corpus]:
+def open_corpora(paths: Mapping[str, Path], vocabulary: int, tokenizer: Path | None = None) -> list[Corpus]:
     """The corpora at `paths`, which are named by the setting that names them.
+
+    `tokenizer`: the folder of the one that the model was trained with, where that is known.
 
     Raises Fault with all that are missing, hold ids beyond the model's `vocabulary`, or have another tokenizer.
     """
     faults: list[str] = []
+    expected = (Tokenizer.open(tokenizer).hash, tokenizer) if tokenizer else None
     corpora: list[Corpus] = []
     for where, path in paths.items():
         try:
@@ -27,9 +31,12 @@ def open_corpora(paths: Mapping[str, Path], vocabulary: int) -> list[Corpus]:
                 f"{where}: {path} has token ids up to {corpus.vocabulary_size - 1}, model.vocabulary is {vocabulary}; "
                 f"set it to {corpus.vocabulary_size} or more, or build the corpus with the model's tokenizer"
             )
-        known = next((c for c in corpora if c.tokenizer_hash), None)
-        if known and corpus.tokenizer_hash and corpus.tokenizer_hash != known.tokenizer_hash:
-            faults.append(f"{where}: {path} was built with another tokenizer than {known.path}; build both with one")
+        if corpus.tokenizer_hash:
+            expected = expected or (corpus.tokenizer_hash, corpus.path)
+            if corpus.tokenizer_hash != expected[0]:
+                faults.append(
+                    f"{where}: {path} was built with another tokenizer than {expected[1]}; build it with that one"
+                )
         corpora.append(corpus)
     if faults:
         raise Fault(faults)

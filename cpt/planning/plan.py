@@ -18,6 +18,9 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 def plan_lines(run: Run, num_ranks: int) -> Iterator[str]:
     """The plan of `run` on `num_ranks`, a line at a time. Raises Fault with everything that cannot work."""
+    if num_ranks < 1:
+        raise Fault(f"--ranks = {num_ranks}: at least 1")
+    RunFolder(run.output).refuse_other_contents()
     faults = run.batch.faults_on(num_ranks)
     place = Place()
     if run.parent:
@@ -28,7 +31,7 @@ def plan_lines(run: Run, num_ranks: int) -> Iterator[str]:
     paths = {f"stages.{s.name}.sources.{n}": source.corpus for s in run.stages for n, source in s.sources.items()}
     paths.update({f"evaluation.held_out.{n}": path for n, path in run.evaluation.held_out.items()})
     try:
-        open_corpora(paths, run.model.vocabulary)
+        open_corpora(paths, run.model.vocabulary, run.parent.tokenizer if run.parent else None)
     except Fault as fault:
         faults.extend(fault.lines)
     if faults:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tokenizers
 from cpt_harness.numbered import VOCABULARY, numbered_corpus
 
 from cpt.config import Fault
@@ -30,7 +31,7 @@ def test_two_tokenizers_are_a_fault(tmp_path):
     other = numbered_corpus(tmp_path / "b", 50, tokenizer_hash="f" * 16)
     with pytest.raises(Fault) as caught:
         open_corpora({"a": one, "b": other}, VOCABULARY)
-    assert str(caught.value) == f"b: {other} was built with another tokenizer than {one}; build both with one"
+    assert str(caught.value) == f"b: {other} was built with another tokenizer than {one}; build it with that one"
 
 
 def test_a_corpus_without_a_manifest_says_nothing_of_its_tokenizer(tmp_path):
@@ -50,3 +51,13 @@ def test_all_faults_of_all_corpora_are_told_at_once(tmp_path):
     with pytest.raises(Fault) as caught:
         open_corpora(paths, 5)
     assert [line.split(":")[0] for line in caught.value.lines] == ["gone", "a", "b", "b", "empty"]
+
+
+def test_another_tokenizer_than_the_models_own_is_a_fault(tmp_path):
+    corpus = numbered_corpus(tmp_path / "a", 50)
+    own = tmp_path / "own"
+    own.mkdir()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"<unk>": 0, "a": 1, "</s>": 2}, merges=[]))
+    tokenizer.save(str(own / "tokenizer.json"))
+    with pytest.raises(Fault, match=r"a: .* was built with another tokenizer than .*own; build it with that one"):
+        open_corpora({"a": corpus}, VOCABULARY, own)

@@ -57,3 +57,15 @@ def test_a_checkpoint_holds_12_bytes_a_parameter_and_4_for_each_copy_of_a_method
     lines = list(plan_lines(read_run([config, f"methods={methods}"]), 1))
     assert "6,192 parameters" in lines[0]
     assert any(line.startswith("disk") and f"{size} a checkpoint" in line for line in lines)
+
+
+def test_no_ranks_at_all_are_refused(config):
+    with pytest.raises(Fault, match="--ranks = 0: at least 1"):
+        list(plan_lines(read_run([config]), num_ranks=0))
+
+
+def test_an_output_that_training_would_refuse_is_refused(config, tmp_path):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    with pytest.raises(Fault, match="the folder is used, but not by a run"):
+        list(plan_lines(read_run([config, f"output={tmp_path}/used"]), num_ranks=1))

@@ -88,6 +88,11 @@ def test_killed_at_any_time_with_torn_last_lines_it_goes_on_from_its_last_checkp
     runs.assert_same_story(runs.story(run), unbroken)
 
 
+def test_the_second_stages_learning_rate_rises_from_where_the_firsts_ended(unbroken):
+    rates = [record["learning_rate"] for record in unbroken["metrics"]]
+    assert rates[FIRST] == rates[FIRST - 1] and max(rates[FIRST:]) == rates[FIRST + 1] == pytest.approx(3e-3, rel=1e-3)
+
+
 # ---- a stop at a chosen step
 
 

@@ -64,6 +64,23 @@ def test_the_learning_rate_is_that_of_the_schedule_before_the_step(base):
         assert record["learning_rate"] == schedule.rate(before)
 
 
+def test_the_childs_learning_rate_rises_from_where_its_parents_ended(base, child):
+    last = runs.lines(base / "metrics.jsonl")[-1]["learning_rate"]
+    rates = [record["learning_rate"] for record in runs.lines(child / "metrics.jsonl")]
+    assert rates[0] == last and rates.index(max(rates)) == 4 and max(rates) == pytest.approx(5e-3)
+
+
+def test_a_child_begins_with_an_anchor_of_its_own(base, data, tmp_path):
+    """The parent ended two updates into a window of three."""
+    plain = runs.settings(
+        data, tmp_path / "run", [runs.stage(data, "code", 4)],
+        parent={"run": str(base)}, methods=[{"name": "reptile", "every": 3}],
+    )  # fmt: skip
+    runs.trained(runs.write_settings(tmp_path / "run.yaml", plain))
+    told = ["method/reptile/displacement" in record for record in runs.lines(tmp_path / "run" / "metrics.jsonl")]
+    assert told == [False, False, True, False]
+
+
 def test_it_learns_and_the_losses_by_source_make_up_the_loss(base, child):
     records = runs.lines(base / "metrics.jsonl")
     assert records[-1]["loss"] < records[0]["loss"] - 0.3
