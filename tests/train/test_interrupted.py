@@ -14,25 +14,36 @@ from cpt_harness.ranks import RankError
 
 from cpt.checkpoint import find_checkpoint
 
-FIRST, SECOND = 80, 60  # steps of the two stages
-SAVED_EVERY = 25
+FIRST, SECOND = 40, 30  # steps of the two stages
+SAVED_EVERY = 13
+ENDLESS = 100_000  # steps: a signal can never come too late
 
 
-@pytest.fixture(scope="module")
-def config(data, tmp_path_factory) -> Path:
+def write_config(data, folder: Path, num_steps_of_second: int) -> Path:
     """Two stages, the second with replay of the first; Reptile with windows that fit neither stage nor checkpoint."""
-    folder = tmp_path_factory.mktemp("interrupted")
     stages = [
         runs.stage(data, "prose", FIRST),
-        runs.stage(data, "code", SECOND, replay={"share": 0.25}, schedule={"name": "rewarm", "peak": 3e-3}),
+        runs.stage(
+            data, "code", num_steps_of_second, replay={"share": 0.25}, schedule={"name": "rewarm", "peak": 3e-3}
+        ),
     ]
     plain = runs.settings(
         data, folder / "unbroken", stages,
         checkpoint={"every_tokens": SAVED_EVERY * runs.TOKENS_A_STEP},
         methods=[{"name": "reptile", "every": 7, "step_size": 0.6}],
     )  # fmt: skip
-    plain["evaluation"]["every_tokens"] = 40 * runs.TOKENS_A_STEP
+    plain["evaluation"]["every_tokens"] = 20 * runs.TOKENS_A_STEP
     return runs.write_settings(folder / "run.yaml", plain)
+
+
+@pytest.fixture(scope="module")
+def config(data, tmp_path_factory) -> Path:
+    return write_config(data, tmp_path_factory.mktemp("interrupted"), SECOND)
+
+
+@pytest.fixture(scope="module")
+def endless(data, tmp_path_factory) -> Path:
+    return write_config(data, tmp_path_factory.mktemp("endless"), ENDLESS)
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +62,28 @@ def last_step(run: Path) -> int:
 @pytest.mark.parametrize(
     ("number", "status", "from_step"), [(signal.SIGTERM, 143, 17), (signal.SIGINT, 130, FIRST + 13)], ids=str
 )
-def test_a_signal_saves_first_and_the_same_command_goes_on(config, unbroken, tmp_path, number, status, from_step):
+def test_a_signal_saves_first_and_the_same_command_goes_on(endless, tmp_path, number, status, from_step):
     run = tmp_path / "run"
-    process = runs.start(config, f"output={run}", folder=tmp_path)
+    process = runs.start(endless, f"output={run}", folder=tmp_path)
     runs.wait_for_step(run, from_step, process)
     process.send_signal(number)
     assert runs.end(process) == status
     stopped_at = last_step(run)
-    assert from_step <= stopped_at < FIRST + SECOND
+    assert stopped_at >= from_step
     assert find_checkpoint(run / "checkpoints").state["progress"]["step"] == stopped_at
     assert f"asked to stop: saved at step {stopped_at}" in (tmp_path / "out.txt").read_text()
-    told = runs.trained(config, f"output={run}")
+    told = assert_goes_on_as_if_unbroken(endless, run, tmp_path / "unbroken")
     assert f"going on from {run}/checkpoints/step-{stopped_at:08d}: step {stopped_at}, " in told
-    assert_same_but_for_checkpoints(runs.story(run), unbroken)
+
+
+def assert_goes_on_as_if_unbroken(config: Path, run: Path, unbroken: Path) -> str:
+    """Five steps more, and everything is as in a run that came there without a stop; what was told on the way."""
+    until = runs.ask_to_stop_at(last_step(run) + 4)
+    ((status, told),) = runs.cpt("train", config, f"output={run}", before=until)
+    runs.cpt("train", config, f"output={unbroken}", before=until)
+    assert status == 143
+    assert_same_but_for_checkpoints(runs.story(run), runs.story(unbroken))
+    return told
 
 
 def assert_same_but_for_checkpoints(found: dict, expected: dict) -> None:
@@ -73,24 +93,28 @@ def assert_same_but_for_checkpoints(found: dict, expected: dict) -> None:
     runs.assert_same_story({**found, "checkpoints": []}, {**expected, "checkpoints": []})
 
 
-def test_killed_at_any_time_with_torn_last_lines_it_goes_on_from_its_last_checkpoint(config, unbroken, tmp_path):
+def test_killed_at_any_time_with_torn_last_lines_it_goes_on_from_its_last_checkpoint(endless, tmp_path):
     run = tmp_path / "run"
-    for from_step in (5, 60):  # before the first checkpoint, and after the second
-        process = runs.start(config, f"output={run}", folder=tmp_path)
+    for from_step in (3, 2 * SAVED_EVERY + 3):  # before the first checkpoint, and after the second
+        process = runs.start(endless, f"output={run}", folder=tmp_path)
         runs.wait_for_step(run, from_step, process)
         process.kill()
         assert runs.end(process) == -signal.SIGKILL
         for name in ("metrics", "scores", "order"):
-            with (run / f"{name}.jsonl").open("ab") as file:
-                file.write(b'{"step": 61, "stage": "pro\xc3')
-    told = runs.trained(config, f"output={run}")
-    assert "going on from" in told
-    runs.assert_same_story(runs.story(run), unbroken)
+            text = (run / f"{name}.jsonl").read_bytes()
+            whole = text[: text.rindex(b"\n") + 1]
+            (run / f"{name}.jsonl").write_bytes(whole + b'{"step": 61, "stage": "pro\xc3')
+    saved_at = find_checkpoint(run / "checkpoints").state["progress"]["step"]
+    until = runs.ask_to_stop_at(saved_at + SAVED_EVERY)
+    ((_, told),) = runs.cpt("train", endless, f"output={run}", before=until)
+    assert f"going on from {run}/checkpoints/step-{saved_at:08d}" in told
+    runs.cpt("train", endless, f"output={tmp_path / 'unbroken'}", before=until)
+    runs.assert_same_story(runs.story(run), runs.story(tmp_path / "unbroken"))
 
 
 def test_the_second_stages_learning_rate_rises_from_where_the_firsts_ended(unbroken):
     rates = [record["learning_rate"] for record in unbroken["metrics"]]
-    assert rates[FIRST] == rates[FIRST - 1] and max(rates[FIRST:]) == rates[FIRST + 1] == pytest.approx(3e-3, rel=1e-3)
+    assert rates[FIRST] == rates[FIRST - 1] and max(rates[FIRST:]) == rates[FIRST + 1] == pytest.approx(3e-3, rel=1e-2)
 
 
 # ---- a stop at a chosen step
@@ -121,7 +145,7 @@ def test_gone_on_with_on_another_mesh_the_windows_are_the_same_and_the_losses_to
     config, unbroken, tmp_path, ranks, words
 ):
     run = tmp_path / "run"
-    runs.cpt("train", config, f"output={run}", before=runs.ask_to_stop_at(49))
+    runs.cpt("train", config, f"output={run}", before=runs.ask_to_stop_at(FIRST + 9))
     runs.trained(config, f"output={run}", *words, ranks=ranks)
     found = runs.story(run)
     assert found["order"] == unbroken["order"] and found["ledger"] == unbroken["ledger"]
