@@ -13,7 +13,7 @@ TOLERANCE = 2e-6
 # (ZeRO stage, ranks, micro-batch): 8 windows a step, so that 2 is an accumulation of 4 and 2 on 1 and 2 ranks.
 FP32 = [(zero, ranks, micro) for ranks in (1, 2) for zero in (0, 1, 2, 3) for micro in (None, 2)]
 FP32 += [(1, 4, 1), (3, 4, None)]
-BF16 = [(zero, ranks, micro) for ranks in (1, 2) for zero in (1, 2, 3) for micro in (None, 2)]
+BF16 = [(zero, ranks, micro) for ranks, micro in ((1, None), (2, 2)) for zero in (1, 2, 3)]
 
 
 def reference(clip: float = 1.0, weight_decay: float = 0.1) -> dict:

@@ -66,7 +66,7 @@ def test_every_element_of_every_parameter_is_owned_once_and_starts_at_its_initia
         assert_same(tiny.join(of_ranks), initial(model))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_the_model_computes_with_the_rounded_masters_after_fill_and_after_a_step_and_after_refresh(ranks):
     def work(mesh):
         told = []
@@ -87,7 +87,7 @@ def test_the_model_computes_with_the_rounded_masters_after_fill_and_after_a_step
             assert_same(computed, {name: masters[name].to(computed[name].dtype) for name in masters})
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_what_is_written_into_the_masters_survives_the_next_step(ranks):
     def work(mesh):
         told = []
