@@ -55,4 +55,5 @@ class Place:
     def of_child(state: dict[str, Any]) -> Place:
         """The first place of a run whose parent was saved at `state`."""
         rate = state["rate"]
-        return Place(ledger_before_stage=Ledger.from_json(state["ledger"]), rate_before_stage=rate, rate=rate)
+        ledger = Ledger.from_json(state["ledger"]).as_inherited()
+        return Place(ledger_before_stage=ledger, rate_before_stage=rate, rate=rate)

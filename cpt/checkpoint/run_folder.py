@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
+import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cpt.checkpoint.read import Checkpoint, find_checkpoint
 from cpt.checkpoint.write import checkpoint_folders, set_latest, step_folder
 from cpt.config import Fault
+from cpt.parallel.mesh import Mesh
+
+_log = logging.getLogger(__name__)
 
 FINISHED = "finished.json"
 
@@ -30,6 +38,11 @@ class RunFolder:
     def is_finished(self) -> bool:
         """Whether the run said itself that it is done; no exit status can say so."""
         return (self.path / FINISHED).is_file()
+
+    @property
+    def steps_when_finished(self) -> int:
+        """Steps of the whole run, once it is finished."""
+        return json.loads((self.path / FINISHED).read_text(encoding="utf-8"))["step"]
 
     @property
     def is_run(self) -> bool:
@@ -59,6 +72,24 @@ class RunFolder:
         except OSError as error:
             raise Fault(f"output = {self.path}: the folder cannot be made: {error.strerror}") from None
 
+    @contextmanager
+    def taken(self, mesh: Mesh) -> Iterator[None]:
+        """Make the folder and keep other processes out of it meanwhile; Fault on all ranks if one is in it already.
+
+        The lock is on the folder itself, so that nothing is left behind, and ends with the process.
+        """
+        lock = None
+        try:
+            if mesh.is_first:
+                self.make()
+                lock = os.open(self.path, os.O_RDONLY)
+            if mesh.any(lock is not None and _is_taken(lock)):
+                raise Fault(f"output = {self.path}: another process is training there; wait for it, or stop it first")
+            yield
+        finally:
+            if lock is not None:
+                os.close(lock)
+
     def keep_newest(self, newest: Path, number: int) -> None:
         """Let `latest` name `newest`, which was just saved, and remove all but the `number` that lead up to it.
 
@@ -85,3 +116,14 @@ class RunFolder:
         aside = self.path / f".{name}.aside"
         aside.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
         aside.replace(self.path / name)
+
+
+def _is_taken(folder: int) -> bool:
+    """Take the lock on an open folder; True if somebody else has it."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:  # some network file systems lock no folders
+        _log.info("the run's folder cannot be locked (%s): see to it that no two jobs write to it", error.strerror)
+    return False

@@ -3,7 +3,7 @@
     files --yaml--> mapping --merge left to right--> mapping --key=value--> mapping --types--> settings
 
 Types understood: int (also `300M`, `1.5B`, `64K`), float, bool, str, Path, Fraction (a share: `0.25`, `1/3` or `25%`),
-Literal, Optional, tuple, dict, nested dataclasses, and folders of choices.
+Literal, Optional, a word or a type (`Literal["all"] | int`), tuple, dict, nested dataclasses, and folders of choices.
 """
 
 from __future__ import annotations
@@ -131,29 +131,34 @@ def _dataclass(kind: type, mapping: Any, where: str, faults: list[str]) -> Any:
         faults.append(f"{where or 'settings'} = {mapping!r}: expected 'key: value' lines, got {_kind_of(mapping)}")
         return _WRONG
     hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
+    fields = {_key_of(f): f for f in dataclasses.fields(kind) if f.init}
     values: dict[str, Any] = {}
     for key in mapping:
         if str(key) not in fields:
             faults.append(f"{_join(where, key)}: there is no such setting; {nearest(str(key), fields)}")
-    for name, field in fields.items():
-        place = _join(where, name)
-        if name in mapping:
+    for key, field in fields.items():
+        place, hint = _join(where, key), hints[field.name]
+        if key in mapping:
             folder = field.metadata.get("folder")
-            values[name] = (
-                _choice(folder, hints[name], mapping[name], place, faults)
+            values[field.name] = (
+                _choice(folder, hint, mapping[key], place, faults)
                 if folder
-                else _value(hints[name], mapping[name], place, faults)
+                else _value(hint, mapping[key], place, faults)
             )
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             faults.append(f"{place} is not set; it has no default")
-            values[name] = _WRONG
+            values[field.name] = _WRONG
     if any(value is _WRONG for value in values.values()):
         return _WRONG
     settings = kind(**values)
     if hasattr(settings, "faults"):
         faults.extend(_join(where, line) for line in settings.faults())
     return settings
+
+
+def _key_of(field: dataclasses.Field) -> str:
+    """The name of a field in a file: `from_` is written `from`, which Python keeps for itself."""
+    return field.name.removesuffix("_")
 
 
 def _choice(folder: str, hint: Any, value: Any, where: str, faults: list[str]) -> Any:
@@ -186,7 +191,14 @@ def _value(hint: Any, value: Any, where: str, faults: list[str]) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in inner:
             return None
-        return _value(next(i for i in inner if i is not type(None)), value, where, faults)
+        words = [word for i in inner if typing.get_origin(i) is typing.Literal for word in typing.get_args(i)]
+        others = [i for i in inner if i is not type(None) and typing.get_origin(i) is not typing.Literal]
+        if value in words or not others:
+            return _known(words, value, where, faults)
+        if words and isinstance(value, str) and not _reads(others[0], value):
+            faults.append(f"{where} = {value!r}: expected {' or '.join(words)}, or {_expected(others[0])}")
+            return _WRONG
+        return _value(others[0], value, where, faults)
     if dataclasses.is_dataclass(hint):
         return _dataclass(hint, value, where, faults)
     if origin is typing.Literal:
@@ -209,6 +221,17 @@ def _value(hint: Any, value: Any, where: str, faults: list[str]) -> Any:
             return _WRONG
         return _WRONG if any(v is _WRONG for v in pairs.values()) else pairs
     return _plain(hint, value, where, faults)
+
+
+def _reads(hint: Any, value: Any) -> bool:
+    """Whether a value can be read as that type."""
+    found: list[str] = []
+    _value(hint, value, "", found)
+    return not found
+
+
+def _expected(hint: Any) -> str:
+    return _EXPECTED.get(hint, "a list")
 
 
 def _known(names: Iterable[Any], value: Any, where: str, faults: list[str]) -> Any:
@@ -286,10 +309,10 @@ _EXPECTED = {int: "a whole number, such as 2048 or 300M", float: "a number, such
 def as_mapping(settings: Any) -> Any:
     """The other way: plain mappings, lists and numbers that `read_settings` turns into equal settings."""
     if dataclasses.is_dataclass(settings):
-        plain = {f.name: as_mapping(getattr(settings, f.name)) for f in dataclasses.fields(settings) if f.init}
+        plain = {_key_of(f): as_mapping(getattr(settings, f.name)) for f in dataclasses.fields(settings) if f.init}
         for field in dataclasses.fields(settings):
-            if "folder" in field.metadata and plain[field.name] is not None:
-                plain[field.name] = _with_names(getattr(settings, field.name))
+            if "folder" in field.metadata and plain[_key_of(field)] is not None:
+                plain[_key_of(field)] = _with_names(getattr(settings, field.name))
         return plain
     if isinstance(settings, Mapping):
         return {key: as_mapping(value) for key, value in settings.items()}

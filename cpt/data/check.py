@@ -10,12 +10,15 @@ from cpt.data.corpus import Corpus
 from cpt.data.prepare.tokenizers import Tokenizer
 
 
-def open_corpora(paths: Mapping[str, Path], vocabulary: int, tokenizer: Path | None = None) -> list[Corpus]:
+def open_corpora(
+    paths: Mapping[str, Path], vocabulary: int, tokenizer: Path | None = None, within_documents: bool = True
+) -> list[Corpus]:
     """The corpora at `paths`, which are named by the setting that names them.
 
     `tokenizer`: the folder of the one that the model was trained with, where that is known.
 
-    Raises Fault with all that are missing, hold ids beyond the model's `vocabulary`, or have another tokenizer.
+    Raises Fault with all that are missing, hold ids beyond the model's `vocabulary`, have another tokenizer, or are
+    packed though attention is not `within_documents`: their padding would be trained on.
     """
     faults: list[str] = []
     expected = (Tokenizer.open(tokenizer).hash, tokenizer) if tokenizer else None
@@ -31,6 +34,8 @@ def open_corpora(paths: Mapping[str, Path], vocabulary: int, tokenizer: Path | N
                 f"{where}: {path} has token ids up to {corpus.vocabulary_size - 1}, model.vocabulary is {vocabulary}; "
                 f"set it to {corpus.vocabulary_size} or more, or build the corpus with the model's tokenizer"
             )
+        if corpus.packed_length and not within_documents:
+            faults.append(f"{where}: {path} is packed, and its padding is no text; set attention: within_document")
         if corpus.tokenizer_hash:
             expected = expected or (corpus.tokenizer_hash, corpus.path)
             if corpus.tokenizer_hash != expected[0]:

@@ -35,10 +35,11 @@ class Mixture:
                 "write them with fewer digits"
             )
         quotas = [int(share * self.period) for share in self.shares]
+        self._quotas = np.array(quotas, dtype=np.int64)  # draws of each source in one period
         self._pattern = _tijdeman(quotas, self.period)  # [period]
-        hits = self._pattern[:, None] == np.arange(len(quotas))
-        self._before = np.zeros((self.period + 1, len(quotas)), dtype=np.int64)  # draws of each source before a slot
-        np.cumsum(hits, axis=0, out=self._before[1:])
+        self._rank = np.empty(self.period, dtype=np.int64)  # the how-many-eth draw of its source, in one period
+        for source, quota in enumerate(quotas):
+            self._rank[self._pattern == source] = np.arange(quota)
 
     def sources(self, slots: np.ndarray) -> np.ndarray:
         """The source [n] that each of these slots [n] draws from."""
@@ -47,13 +48,13 @@ class Mixture:
     def draws(self, slots: np.ndarray) -> np.ndarray:
         """For each slot [n], the how-many-eth draw of its source it is, counted from 0."""
         turns, within = np.divmod(slots, self.period)
-        source = self._pattern[within]
-        return turns * self._before[-1][source] + self._before[within, source]
+        return turns * self._quotas[self._pattern[within]] + self._rank[within]
 
     def counts(self, num_slots: int) -> list[int]:
         """How often each source is drawn in the first `num_slots` slots."""
         turns, within = divmod(num_slots, self.period)
-        return [int(n) for n in turns * self._before[-1] + self._before[within]]
+        in_part = np.bincount(self._pattern[:within], minlength=len(self._quotas))
+        return [int(number) for number in turns * self._quotas + in_part]
 
 
 def _tijdeman(quotas: list[int], period: int) -> np.ndarray:

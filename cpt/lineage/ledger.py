@@ -21,6 +21,7 @@ class Entry:
 
     `epochs`: for each epoch (0, 1, ...) the disjoint intervals [start, stop) of positions in that epoch's order.
     `num_windows`: windows in one epoch. `corpus`: where it lay; `fingerprint` tells whether it is still the same.
+    `num_inherited`: how many of the consumed windows an ancestor of the present run consumed, not the run itself.
     """
 
     source: str
@@ -30,6 +31,7 @@ class Entry:
     seed: int
     num_windows: int
     epochs: tuple[tuple[tuple[int, int], ...], ...] = ()
+    num_inherited: int = 0
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -75,6 +77,10 @@ class Ledger:
             return Ledger(tuple(entry if old.key == entry.key else old for old in self.entries))
         return Ledger((*self.entries, entry))
 
+    def as_inherited(self) -> Ledger:
+        """The ledger that a child begins with: all that was consumed, was consumed by ancestors."""
+        return Ledger(tuple(replace(entry, num_inherited=entry.num_consumed) for entry in self.entries))
+
     def as_json(self) -> dict[str, Any]:
         """What `ledger.json` holds."""
         return {
@@ -88,6 +94,7 @@ class Ledger:
                     "seed": e.seed,
                     "windows_an_epoch": e.num_windows,
                     "windows_consumed": e.num_consumed,
+                    "windows_inherited": e.num_inherited,
                     "epochs": [[list(interval) for interval in intervals] for intervals in e.epochs],
                 }
                 for e in self.entries
@@ -110,6 +117,7 @@ class Ledger:
                     seed=s["seed"],
                     num_windows=s["windows_an_epoch"],
                     epochs=tuple(tuple((a, b) for a, b in intervals) for intervals in s["epochs"]),
+                    num_inherited=s.get("windows_inherited", 0),
                 )
                 for s in plain["sources"]
             )

@@ -8,6 +8,7 @@ from cpt.checkpoint import Place, RunFolder, find_checkpoint
 from cpt.config import Fault, build, name_of_choice
 from cpt.data.check import open_corpora
 from cpt.data.order import StageOrder
+from cpt.data.share_table import share_table
 from cpt.parallel.seeds import derive_seed
 from cpt.planning.memory import model_state
 from cpt.progress import Progress
@@ -31,7 +32,7 @@ def plan_lines(run: Run, num_ranks: int) -> Iterator[str]:
     paths = {f"stages.{s.name}.sources.{n}": source.corpus for s in run.stages for n, source in s.sources.items()}
     paths.update({f"evaluation.held_out.{n}": path for n, path in run.evaluation.held_out.items()})
     try:
-        open_corpora(paths, run.model.vocabulary, run.parent.tokenizer if run.parent else None)
+        open_corpora(paths, run.model.vocabulary, run.tokenizer, run.is_within_documents)
     except Fault as fault:
         faults.extend(fault.lines)
     if faults:
@@ -41,6 +42,9 @@ def plan_lines(run: Run, num_ranks: int) -> Iterator[str]:
         seed = derive_seed(run.seed, "stage", index)
         order = StageOrder(stage.sources, stage.replay, place.ledger_before_stage, run.sequence_length, seed)
         yield ""
+        shortages = order.faults_over(run.num_slots(stage))
+        if shortages:
+            raise Fault(f"stages.{index}.{line}" for line in shortages)
         yield from _stage_lines(run, stage, order, place.rate_before_stage)
         last = build(stage.schedule, "Schedule", stage.total_tokens, place.rate_before_stage).rate(
             Progress(stage_tokens=run.num_steps(stage) * run.tokens_a_step - run.tokens_a_step)
@@ -75,18 +79,8 @@ def _size(num_bytes: float) -> str:
 
 def _stage_lines(run: Run, stage: Stage, order: StageOrder, rate_before: float) -> Iterator[str]:
     num_steps = run.num_steps(stage)
-    counts = order.mixture.counts(num_steps * run.batch.windows)
     yield f"stage {stage.name}: {num_steps:,} steps"
-    yield f"  {'source':<20} {'tokens':>15} {'share':>7} {'epochs':>7}  corpus"
-    for index, name in enumerate(stage.sources):
-        tokens = counts[index] * run.sequence_length
-        corpus = order.corpora[index]
-        epochs = tokens / corpus.num_tokens
-        yield f"  {name:<20} {tokens:>15,} {counts[index] / sum(counts):>7.1%} {epochs:>7.2f}  {corpus.path}"
-    if counts[-1]:
-        tokens, rounds = counts[-1] * run.sequence_length, counts[-1] / order.num_replayable
-        share = counts[-1] / sum(counts)
-        yield f"  {'replay':<20} {tokens:>15,} {share:>7.1%} {rounds:>7.2f}  what the lineage consumed before"
+    yield from (f"  {line}" for line in share_table(order, num_steps * run.batch.windows))
     schedule = build(stage.schedule, "Schedule", stage.total_tokens, rate_before)
     rates = [
         schedule.rate(Progress(stage_tokens=int(num_steps * column / 59) * run.tokens_a_step)) for column in range(60)

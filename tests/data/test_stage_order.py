@@ -7,14 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cpt_harness.numbered import numbered_corpus
+from cpt_harness.numbered import VOCABULARY, numbered_corpus
 from cpt_harness.orders import LENGTH, drawn, drawn_of, entry_of, make_corpora, order_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpt.config import Fault
+from cpt.data.check import open_corpora
 from cpt.data.corpus import Corpus
-from cpt.data.order import Replay, Source, StageOrder, epoch_offset, windows_an_epoch
+from cpt.data.order import StageOrder
 from cpt.data.permutation import Permutation
+from cpt.data.replay import Replay
+from cpt.data.streams import Source, epoch_offset, windows_an_epoch
 from cpt.lineage.ledger import Entry, Ledger
 from cpt.parallel.seeds import derive_seed
 
@@ -55,7 +59,7 @@ def test_every_window_of_a_source_is_drawn_once_an_epoch_and_epochs_differ(corpo
 @given(st.integers(1, 40), st.integers(1, 600))
 def test_windows_of_an_epoch_fit_into_the_corpus_at_any_offset(length, num_tokens):
     corpus = Corpus.__new__(Corpus)
-    corpus.num_tokens = num_tokens
+    corpus.num_tokens, corpus.manifest = num_tokens, None
     number = windows_an_epoch(corpus, length)
     assert number == 0 or (length - 1) + number * length + 1 <= num_tokens
     assert number + 1 >= corpus.num_windows(length)  # at most one window is given up for the offset
@@ -207,6 +211,30 @@ def test_identities_name_corpus_place_and_length(corpora):
     windows = order.windows(0, 6)
     prints = {name: Corpus.open(corpora / name).fingerprint for name in ("old", "new")}
     assert order.identities(windows) == [(prints[name], first, LENGTH + 1) for name, first in drawn(order, 6)]
+
+
+def packed(folder: Path, length: int = LENGTH) -> Path:
+    """A corpus of 401 tokens that says of itself that it was packed."""
+    return numbered_corpus(folder, 401, packed_length=length)
+
+
+def test_windows_of_a_packed_corpus_are_its_bins_in_every_epoch(tmp_path):
+    order = StageOrder({"packed": Source(packed(tmp_path / "packed"))}, None, Ledger(), LENGTH, 1)
+    firsts = drawn_of(order, "packed", 150)
+    for epoch in range(3):
+        assert sorted(firsts[50 * epoch : 50 * epoch + 50]) == list(range(0, 400, LENGTH))
+
+
+def test_a_corpus_packed_for_another_length_is_refused(tmp_path):
+    with pytest.raises(Fault, match="was packed for sequence_length 16, not 8; set that, or pack the corpus again"):
+        StageOrder({"packed": Source(packed(tmp_path / "packed", 16))}, None, Ledger(), LENGTH, 1)
+
+
+def test_a_packed_corpus_is_refused_where_attention_runs_across_documents(tmp_path):
+    path = packed(tmp_path / "packed")
+    open_corpora({"stages.0.sources.a": path}, VOCABULARY)
+    with pytest.raises(Fault, match=r"stages.0.sources.a: .* is packed, and its padding is no text; set attention: w"):
+        open_corpora({"stages.0.sources.a": path}, VOCABULARY, within_documents=False)
 
 
 def test_the_order_is_the_same_in_every_version(corpora):

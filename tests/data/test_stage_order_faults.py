@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,9 @@ from cpt_harness.numbered import numbered_corpus
 from cpt_harness.orders import LENGTH, drawn, entry_of, make_corpora, order_of
 
 from cpt.config import Fault, read_settings
-from cpt.data.order import Replay, Source, StageOrder
+from cpt.data.order import StageOrder
+from cpt.data.replay import Declared, Replay
+from cpt.data.streams import Source
 from cpt.lineage.ledger import Entry, Ledger
 
 
@@ -39,7 +43,8 @@ def test_a_corpus_shorter_than_an_epoch_is_a_fault(corpora, tmp_path):
 
 def test_replay_without_a_past_is_a_fault(corpora):
     assert faults_of(corpora, {"new": 1}, replay="1/4") == [
-        "replay.share is above 0, but the lineage has consumed nothing yet; name a parent, or leave replay out"
+        "replay.share is above 0, but the lineage has consumed nothing yet; name a parent, declare in "
+        "replay.declared what the model saw elsewhere, or leave replay out"
     ]
 
 
@@ -89,6 +94,27 @@ def test_all_faults_of_a_stage_are_told_at_once(corpora):
         (Source, {"corpus": "x", "share": -1}, "share = -1.0: above 0; leave the source out instead"),
         (Replay, {"share": 1}, "share = 1.0: at least 0 and below 1"),
         (Replay, {"share": "-5%"}, "share = -0.05: at least 0 and below 1"),
+        (Source, {"corpus": "x", "max_epochs": 0}, "max_epochs = 0.0: above 0"),
+        (Source, {"corpus": "x", "hold_out": 1}, "hold_out = 1.0: at least 0 and below 1"),
+        (Replay, {"capacity": 0}, "capacity = 0: at least 1 window, or unlimited"),
+        (Replay, {"capacity": "all"}, "capacity = 'all': expected unlimited, or a whole number, such as 2048 or 300M"),
+        (Replay, {"from": "prose"}, "from = 'prose': expected ancestors, or a list"),
+        (Replay, {"from": []}, "from names no source; name some, or write ancestors"),
+        (
+            Replay,
+            {"declared": {"old": {"corpus": "x", "tokens": 0}}},
+            "declared.old.tokens = 0: at least 1; leave it out if the model saw all of the corpus",
+        ),
+        (
+            Replay,
+            {"order": "original", "scope": "all_seen"},
+            "order = original: goes with scope: past_only; what is being consumed has no order of its own",
+        ),
+        (
+            Replay,
+            {"ramp": {"start": 1, "tokens": 0}},
+            "ramp.start = 1.0: at least 0 and below 1\nramp.tokens = 0: at least 1; leave ramp out instead",
+        ),
         (Replay, {"accounting": "replaces"}, "accounting = 'replaces' is not known; did you mean replaces_new?"),
     ],
 )
@@ -96,3 +122,78 @@ def test_settings_that_cannot_be_met_are_faults(kind, given, told):
     with pytest.raises(Fault) as caught:
         read_settings(kind, given)
     assert str(caught.value) == told
+
+
+def test_a_source_to_replay_that_nobody_consumed_or_declared_is_a_fault(corpora):
+    ledger = Ledger((entry_of(corpora, "old", 5),))
+    with pytest.raises(Fault) as caught:
+        replay_of(corpora, ledger, from_=("odl",), declared={"pile": Declared(corpora / "other")})
+    assert str(caught.value) == "replay.from: nothing called odl was consumed or is declared; there is old, pile"
+
+
+def test_replay_of_nothing_but_what_the_stage_is_about_to_read_is_a_fault(corpora):
+    ledger = Ledger((entry_of(corpora, "old", 5),))
+    with pytest.raises(Fault) as caught:
+        replay_of(corpora, ledger, from_=("new",), scope="all_seen")
+    assert str(caught.value) == (
+        "replay.from: nothing of it was consumed when the stage begins; name a source of the past too"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "told"),
+    [
+        ("gone", None, "replay.declared.pile: there is no corpus at "),
+        ("other", 216, "replay.declared.pile.tokens = 216: {corpora}/other holds 215; leave it out for all"),
+        ("other", LENGTH, f"replay.declared.pile: {LENGTH} tokens are not one window of {LENGTH + 1}"),
+    ],
+)
+def test_a_declared_corpus_that_cannot_be_drawn_from_is_a_fault(corpora, name, tokens, told):
+    with pytest.raises(Fault) as caught:
+        replay_of(corpora, Ledger(), declared={"pile": Declared(corpora / name, tokens)})
+    assert str(caught.value).startswith(told.format(corpora=corpora))
+
+
+def limited(corpora: Path, num_consumed: int, num_inherited: int, **source) -> StageOrder:
+    entry = replace(entry_of(corpora, "old", num_consumed), num_inherited=num_inherited)
+    ledger = Ledger((entry,) if num_consumed else ())
+    return StageOrder({"old": Source(corpora / "old", **source)}, None, ledger, LENGTH, 1)
+
+
+def test_max_epochs_counts_what_the_lineage_has_read_and_refuses_one_window_more(corpora):
+    order = limited(corpora, 20, 0, max_epochs=Fraction(3, 2))  # 49 windows an epoch, 73 may be read, 20 were
+    assert order.faults_over(53) == []
+    assert order.faults_over(54) == [
+        "sources.old: the stage asks for 54 windows and may draw 53: 20 of its 49 were consumed before, "
+        "max_epochs = 1.5; raise max_epochs, lower its share or the stage's tokens, or add text"
+    ]
+
+
+def test_what_an_ancestor_read_is_read_again_only_when_told(corpora):
+    assert limited(corpora, 20, 20).faults_over(29) == []
+    assert limited(corpora, 20, 20).faults_over(30) == [
+        "sources.old: the stage asks for 30 windows and may draw 29: 20 of its 49 were consumed before, ancestors "
+        "have read the rest; set max_epochs = 2 to read it again, lower its share or the stage's tokens, or add text"
+    ]
+    assert (
+        limited(corpora, 49, 49)
+        .faults_over(1)[0]
+        .startswith("sources.old: the stage asks for 1 windows and may draw 0:")
+    )
+    assert limited(corpora, 20, 20, max_epochs=2).faults_over(49 + 29) == []
+    assert limited(corpora, 20, 0).faults_over(1000) == []  # the run itself may go round
+    assert limited(corpora, 0, 0).faults_over(1000) == []
+
+
+def test_another_part_held_out_than_the_lineage_held_out_is_a_fault(corpora):
+    with pytest.raises(Fault) as caught:
+        limited(corpora, 20, 20, hold_out=Fraction(1, 10))
+    assert str(caught.value) == (
+        f"sources.old.hold_out = 0.1: the lineage consumed {corpora}/old with another part held out "
+        "(49 windows an epoch, now 44); set it back"
+    )
+
+
+def replay_of(corpora: Path, ledger: Ledger, **replay) -> StageOrder:
+    sources = {"new": Source(corpora / "new")}
+    return StageOrder(sources, Replay(Fraction(1, 4), **replay), ledger, LENGTH, 1)

@@ -111,6 +111,7 @@ def test_the_json_says_in_words_what_was_consumed():
                 "seed": 3,
                 "windows_an_epoch": 10,
                 "windows_consumed": 12,
+                "windows_inherited": 0,
                 "epochs": [[[0, 10]], [[0, 2]]],
             }
         ],

@@ -6,7 +6,9 @@ from fractions import Fraction
 from pathlib import Path
 
 from cpt.data.corpus import Corpus
-from cpt.data.order import Replay, Source, StageOrder, windows_an_epoch
+from cpt.data.order import StageOrder
+from cpt.data.replay import Replay
+from cpt.data.streams import Source, windows_an_epoch
 from cpt.lineage.ledger import Entry, Ledger
 from cpt_harness.numbered import numbered_corpus
 
