@@ -1,4 +1,7 @@
-"""Every file in configs/ is a run that can be read: known settings only, output under runs/."""
+"""Every file in configs/ is a run that can be read: known settings only, output under runs/.
+
+Those in configs/models are the part of a run that says the model; see tests/models/test_named_sizes.py.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,11 @@ from cpt.config import read_mapping
 from cpt.run import read_run
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if path.parent != ROOT / "configs/models"
+)
 
 PARENT = """
 output: runs/parent

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from cpt.cli._models import open_model
+from cpt.cli._models import TrainedModel, open_model
 from cpt.config import Fault
 from cpt.data.check import open_corpora
 from cpt.evaluation.held_out import HeldOut
 from cpt.parallel.mesh import Mesh
+from cpt_kernels.documents import model_inputs
 
 EXAMPLE = "cpt evaluate runs/quickstart/replay --corpora runs/quickstart/data/prose-held-out"
 
@@ -24,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpora", type=Path, nargs="+", metavar="CORPUS", help="default: the run's held-out ones")
     parser.add_argument("--windows", type=int, default=0, metavar="N", help="windows of each corpus; default: all")
     parser.add_argument("--sequence-length", type=int, metavar="S", help="default: the run's, or 2048 at most")
+    parser.add_argument(
+        "--attention",
+        choices=("within_document", "across_documents"),
+        help="whether a token sees earlier documents of its window; default: the run's setting, or the model's custom",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
 
@@ -48,13 +54,14 @@ def run(arguments: argparse.Namespace) -> int:
     device = next(model.parameters()).device
 
     @torch.no_grad()
-    def score(tokens: torch.Tensor) -> torch.Tensor:
-        tokens = tokens.to(device)
-        return model(tokens[:, :-1], tokens[:, 1:]).sum(dim=1, dtype=torch.float64).cpu()
+    def score(tokens: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
+        return model(*model_inputs(tokens, starts, device)).sum(dim=1, dtype=torch.float64).cpu()
 
+    within_documents = _is_within_documents(arguments.attention or trained.run_settings.get("attention"), trained)
     table = {}
     for name, path in paths.items():
-        found = HeldOut(path, length, arguments.windows).score(score, Mesh(0, 1, 0, torch.device("cpu")), 16)
+        held_out = HeldOut(path, length, arguments.windows, within_documents)
+        found = held_out.score(score, Mesh(0, 1, 0, torch.device("cpu")), 16)
         table[name] = {"loss": found.loss, "bits_per_byte": found.bits_per_byte, "tokens": found.num_tokens}
     if arguments.json:
         print(json.dumps({"model": str(arguments.model), "sequence_length": length, "scores": table}, indent=1))
@@ -64,6 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
         bits = f"{row['bits_per_byte']:.4f}" if row["bits_per_byte"] is not None else "unknown"
         print(f"{name:<28} {row['loss']:>9.4f} {math.exp(row['loss']):>11.2f} {bits:>10} {row['tokens']:>12,}")
     return 0
+
+
+def _is_within_documents(attention: str | None, trained: TrainedModel) -> bool:
+    """Whether attention stays within a document, as asked or else as the model's family was trained."""
+    if attention is None:
+        return not trained.settings.attends_across_documents
+    return attention == "within_document"
 
 
 def _by_name(paths: list[Path]) -> dict[str, Path]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,7 @@ from cpt.data.token_file import TokenFile
 MANIFEST_NAME = "corpus.json"
 TOKENIZER_FOLDER = "tokenizer"
 FORMAT_VERSION = 1
+_BYTES_AT_ONCE = 1 << 18  # read in one piece
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Manifest:
 
     num_bytes: UTF-8 bytes of the text, for bits per byte.
     end_of_document, begin_of_document: the token id put after or before each document, None where none was.
+    packed_length: the length of the bins that `cpt data pack` put whole documents into, None without packing.
+    num_padding: tokens that stand for no text, each a document of its own.
     """
 
     tokenizer_hash: str
@@ -64,6 +68,8 @@ class Manifest:
     inputs: tuple[str, ...]
     shards: tuple[ShardEntry, ...]
     format_version: int = FORMAT_VERSION
+    packed_length: int | None = None
+    num_padding: int = 0
 
     def write(self, folder: Path) -> None:
         """Write `corpus.json` of the corpus in `folder`."""
@@ -97,10 +103,11 @@ class Manifest:
 
 def _record(kind: type, content: dict[str, Any], path: Path) -> Any:
     fields = dataclasses.fields(kind)
-    missing = [field.name for field in fields if field.name not in content]
+    # What has a default was not in the first manifests.
+    missing = [field.name for field in fields if field.name not in content and field.default is dataclasses.MISSING]
     if missing:
         raise Fault(f"{path} lacks {', '.join(missing)}; build the corpus again")
-    return kind(**{field.name: content[field.name] for field in fields})
+    return kind(**{field.name: content[field.name] for field in fields if field.name in content})
 
 
 class Corpus:
@@ -159,6 +166,21 @@ class Corpus:
     def num_bytes(self) -> int | None:
         """UTF-8 bytes of the text behind the tokens."""
         return self.manifest.num_bytes if self.manifest else None
+
+    @property
+    def packed_length(self) -> int | None:
+        """Length of the bins that whole documents were packed into; windows of any other length cut them."""
+        return self.manifest.packed_length if self.manifest else None
+
+    @property
+    def num_padding(self) -> int:
+        """Tokens that stand for no text."""
+        return self.manifest.num_padding if self.manifest else 0
+
+    @property
+    def num_text_tokens(self) -> int:
+        """Tokens without padding: those that `num_bytes` bytes of text became."""
+        return self.num_tokens - self.num_padding
 
     @property
     def vocabulary_size(self) -> int | None:
@@ -249,18 +271,89 @@ class Corpus:
                 f"window ids {ids.min()}..{ids.max()} are not all within the {count} windows of {self.path} "
                 f"at sequence_length {sequence_length}, offset {offset}"
             )
-        length = sequence_length + 1
-        starts = offset + ids * sequence_length
-        first = np.searchsorted(self._ends, starts, side="right")
-        last = np.searchsorted(self._ends, starts + sequence_length, side="right")
-        windows = np.empty((len(ids), length), dtype=np.int64)
-        for index in np.unique(first[first == last]).tolist():
-            rows = np.flatnonzero((first == index) & (last == index))
-            shard = self.shard(index)
-            windows[rows] = shard.gather(starts[rows] - (self._ends[index] - shard.num_tokens), length)
-        for row in np.flatnonzero(first != last).tolist():
-            windows[row] = self.read(int(starts[row]), int(starts[row]) + length)
+        windows = np.empty((len(ids), sequence_length + 1), dtype=np.int64)
+        self.read_into(windows, offset + ids * sequence_length)
         return windows
+
+    def read_into(
+        self,
+        tokens: np.ndarray,
+        first_tokens: np.ndarray,
+        rows: np.ndarray | None = None,
+        before_file: Callable[[Path], object] = lambda path: None,
+    ) -> None:
+        """Write the stretches of the stream that begin at `first_tokens` [n] into `rows` [n] of `tokens` [B, L].
+
+        Without `rows` into all. Nothing as large as the batch is made beside it, and threads go on while a disk is
+        slow. `before_file` is told of each file before it is opened or read. Raises ValueError for stretches that are
+        not within the stream.
+        """
+        length = tokens.shape[1]
+        self._refuse_outside(first_tokens, length)
+        whole, parted = self._by_shard(first_tokens, length)
+        for index, at in whole:
+            before_file(self._file(index))
+            shard = self.shard(index)
+            starts = first_tokens[at] - (self._ends[index] - shard.num_tokens)
+            into = at if rows is None else rows[at]
+            # Some rows at a time: as they are in the file, they then stay in the processor's cache until they are
+            # widened. Slicing a row each would spare that step, and takes a third longer.
+            number = max(1, _BYTES_AT_ONCE // (length * shard.dtype.itemsize))
+            for begin in range(0, len(starts), number):
+                part = slice(begin, begin + number)
+                tokens[part if isinstance(into, slice) else into[part]] = shard.gather(starts[part], length)
+        for stretch, first, last in parted:
+            for index in range(first, last + 1):
+                before_file(self._file(index))
+                self.shard(index)
+            start = int(first_tokens[stretch])
+            tokens[stretch if rows is None else rows[stretch]] = self.read(start, start + length)
+
+    def _by_shard(
+        self, first_tokens: np.ndarray, length: int
+    ) -> tuple[list[tuple[int, np.ndarray | slice]], list[tuple[int, int, int]]]:
+        """Which stretches lie in one shard, by shard, and which do not: with the first and the last shard of each."""
+        if self.num_shards == 1:
+            return [(0, slice(None))], []
+        first = np.searchsorted(self._ends, first_tokens, side="right")
+        last = np.searchsorted(self._ends, first_tokens + (length - 1), side="right")
+        is_whole = first == last
+        whole = [(i, np.flatnonzero(is_whole & (first == i))) for i in sorted(set(first[is_whole].tolist()))]
+        return whole, [(i, int(first[i]), int(last[i])) for i in np.flatnonzero(~is_whole).tolist()]
+
+    def document_starts(self, first_tokens: np.ndarray, length: int) -> np.ndarray:
+        """Which tokens of the stretches of the stream that begin at `first_tokens` [B] begin a document, bool [B, L].
+
+        None does where the files do not tell documents apart. Looked up in the indices on the disk, in a time that
+        grows with the logarithm of the number of documents. Raises ValueError for stretches that are not within the
+        stream.
+        """
+        first_tokens = np.asarray(first_tokens, dtype=np.int64)
+        self._refuse_outside(first_tokens, length)
+        is_start = np.zeros((len(first_tokens), length), dtype=bool)
+        stop_tokens = first_tokens + length
+        first = np.searchsorted(self._ends, first_tokens, side="right")
+        last = np.searchsorted(self._ends, stop_tokens - 1, side="right")
+        crossed = [range(begin, end + 1) for begin, end in zip(first.tolist(), last.tolist(), strict=True)]
+        for index in sorted(set().union(*crossed)):
+            shard = self.shard(index)
+            begin = int(self._ends[index]) - shard.num_tokens
+            rows = np.flatnonzero((first <= index) & (index <= last))
+            within = [np.clip(tokens[rows] - begin, 0, shard.num_tokens) for tokens in (first_tokens, stop_tokens)]
+            stretches, starts = shard.starts_within(*within)
+            is_start[rows[stretches], starts + begin - first_tokens[rows[stretches]]] = True
+        return is_start
+
+    def _refuse_outside(self, first_tokens: np.ndarray, length: int) -> None:
+        if len(first_tokens) and not (first_tokens.min() >= 0 and first_tokens.max() + length <= self.num_tokens):
+            raise ValueError(
+                f"{length} tokens from each of {first_tokens.min()}..{first_tokens.max()} on are not all within the "
+                f"{self.num_tokens} of {self.path}"
+            )
+
+    def _file(self, index: int) -> Path:
+        shard = self._shards[index]
+        return shard.file if shard else bin_path(self._prefixes[index])
 
 
 def faults_of_sizes(folder: Path, entry: ShardEntry) -> list[str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,7 @@ import xxhash
 
 from cpt.config import Fault
 from cpt.data.shards import HEADER, Shard, bin_path, idx_path
-from cpt.data.token_file import TokenFile
+from cpt.data.token_file import TokenFile, starts_between
 
 TYPES = {"uint16": "<u2", "uint32": "<u4", "int32": "<i4"}
 # PATH:TYPE or PATH:TYPE:end=ID
@@ -34,23 +33,26 @@ BYTES_IN_FINGERPRINT = 4096
 
 
 class RawStreams(NamedTuple):
-    """The files of a corpus, in order; the token that ends a document, where it is known; a name of the contents."""
+    """The files of a corpus, in order; the token that ends a document, where it is known; a name of the contents.
+
+    index: of the parts of a split file.
+    """
 
     files: list[RawStream]
     end_of_document: int | None
     fingerprint: str
+    index: Shard | None = None
 
 
 class RawStream(TokenFile):
-    """One file that is nothing but tokens. ends: gives the token after each document, int64 [documents].
+    """One file that is nothing but tokens; by itself it does not tell documents apart.
 
     Raises Fault if the file is missing or does not hold a whole number of tokens.
     """
 
-    def __init__(self, file: Path, dtype: np.dtype, ends: Callable[[RawStream], np.ndarray]) -> None:
+    def __init__(self, file: Path, dtype: np.dtype) -> None:
         super().__init__(file, file)
         self.dtype = dtype
-        self._ends = ends
         num_bytes = _size(file)
         if num_bytes % dtype.itemsize:
             raise Fault(
@@ -60,11 +62,19 @@ class RawStream(TokenFile):
         self.num_tokens = num_bytes // dtype.itemsize
 
     @cached_property
+    def stated_ends(self) -> np.ndarray:
+        """The token after each document as the files have it, sound or not, int64."""
+        return np.empty(0, np.int64)
+
+    @cached_property
     def document_starts(self) -> np.ndarray:
         """First token of each document and, last, the number of tokens, int64 [documents + 1]."""
-        ends = self._ends(self)
         # What follows the last end, if anything, is a document too.
-        return np.unique(np.concatenate(([0], ends, [self.num_tokens])).astype(np.int64))
+        return np.unique(np.concatenate(([0], self.stated_ends, [self.num_tokens])).astype(np.int64))
+
+    def starts_within(self, first_tokens: np.ndarray, stop_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The documents that begin in these stretches; see `TokenFile`."""
+        return np.empty(0, np.int64), np.empty(0, np.int64)
 
     @property
     def num_documents(self) -> int:
@@ -108,7 +118,7 @@ def _declared_streams(path: str, type_name: str, end: str | None) -> RawStreams:
         raise Fault(f"{path}:{type_name}:end={end}: {type_name} holds no {end}; name the id of the token, or no end")
     streams = []
     for file in _files(path):
-        streams.append(RawStream(file, dtype, lambda stream: _ends_by_token(stream, end_of_document)))
+        streams.append(RawStream(file, dtype) if end is None else _EndedByToken(file, dtype, end_of_document))
         with file.open("rb") as opened:
             if opened.read(len(NUMPY_MAGIC)) == NUMPY_MAGIC:
                 raise Fault(
@@ -142,13 +152,32 @@ def _of_files(files: list[RawStream], end_of_document: int | None) -> RawStreams
     return RawStreams(files, end_of_document, contents.hexdigest())
 
 
-def _ends_by_token(stream: RawStream, end_of_document: int | None) -> np.ndarray:
-    if end_of_document is None:
-        return np.empty(0, np.int64)
-    starts = range(0, stream.num_tokens, TOKENS_AT_ONCE)
-    pieces = [stream.tokens[start : start + TOKENS_AT_ONCE] for start in starts]
-    ends = [start + 1 + np.flatnonzero(piece == end_of_document) for start, piece in zip(starts, pieces, strict=True)]
-    return np.concatenate(ends) if ends else np.empty(0, np.int64)
+class _EndedByToken(RawStream):
+    """A token of one id ends each document; the file begins with one."""
+
+    def __init__(self, file: Path, dtype: np.dtype, end_of_document: int) -> None:
+        super().__init__(file, dtype)
+        self._end_of_document = end_of_document
+
+    @cached_property
+    def stated_ends(self) -> np.ndarray:
+        """The token after each document, int64; read from all the tokens."""
+        starts = range(0, self.num_tokens, TOKENS_AT_ONCE)
+        pieces = [self._ends_within(start, start + TOKENS_AT_ONCE) for start in starts]
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+    def starts_within(self, first_tokens: np.ndarray, stop_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The documents that begin in these stretches; see `TokenFile`."""
+        found = []
+        for first, stop in zip(first_tokens.tolist(), stop_tokens.tolist(), strict=True):
+            # A document begins where the token before ends one, and at the beginning of the file.
+            starts = self._ends_within(max(0, first - 1), max(0, stop - 1))
+            found.append(np.insert(starts, 0, 0) if first == 0 < stop else starts)
+        stretches = np.repeat(np.arange(len(found)), [len(starts) for starts in found])
+        return stretches, np.concatenate(found) if found else np.empty(0, np.int64)
+
+    def _ends_within(self, first: int, stop: int) -> np.ndarray:
+        return first + 1 + np.flatnonzero(self.tokens[first:stop] == self._end_of_document)
 
 
 def _open_datatrove(file: Path) -> RawStream:
@@ -167,13 +196,37 @@ def _open_datatrove(file: Path) -> RawStream:
             f"{file} has {num_bytes:,} bytes where {metadata.name} tells of {num_tokens:,} tokens, which take 2 or 4 "
             "bytes each; copy or write all three files again"
         )
-    stream = RawStream(file, np.dtype(f"<u{token_bytes}"), lambda _: np.fromfile(index, dtype="<u8").astype(np.int64))
     with index.open("rb") as opened:
         opened.seek(max(0, _size(index) - 8))
         last = opened.read()
     if _size(index) % 8 or int.from_bytes(last, "little") != num_tokens:
         raise Fault(f"{index} does not end at the {num_tokens:,} tokens of {file.name}; copy or write both files again")
-    return stream
+    return _Datatrove(file, np.dtype(f"<u{token_bytes}"), index)
+
+
+class _Datatrove(RawStream):
+    """A .ds file: its index holds the token after each document."""
+
+    def __init__(self, file: Path, dtype: np.dtype, index: Path) -> None:
+        super().__init__(file, dtype)
+        self._index = index
+
+    @cached_property
+    def _mapped_ends(self) -> np.ndarray:
+        return np.asarray(np.memmap(self._index, dtype="<u8", mode="r"))
+
+    @cached_property
+    def stated_ends(self) -> np.ndarray:
+        """The token after each document as the index has it, sound or not, int64."""
+        return self._mapped_ends.astype(np.int64)
+
+    def starts_within(self, first_tokens: np.ndarray, stop_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The documents that begin in these stretches; see `TokenFile`."""
+        return starts_between(self._starts_of, len(self._mapped_ends), first_tokens, stop_tokens)
+
+    def _starts_of(self, documents: np.ndarray) -> np.ndarray:
+        # A document begins where the one before ends, the first at 0.
+        return np.where(documents == 0, 0, self._mapped_ends[documents - 1].astype(np.int64))
 
 
 def _read_metadata(metadata: Path, num_bytes: int) -> tuple[int, int]:
@@ -220,15 +273,28 @@ def _open_split(prefix: Path) -> RawStreams | None:
     files: list[RawStream] = []
     first_token = 0
     for part in parts:
-        stream = RawStream(part, index.dtype, lambda stream, first=first_token: _ends_in_part(stream, index, first))
-        first_token += stream.num_tokens
-        files.append(stream)
-    return RawStreams(files, None, fingerprint_of_index(prefix, first_token * index.dtype.itemsize))
+        files.append(_Part(part, index, first_token))
+        first_token += files[-1].num_tokens
+    return RawStreams(files, None, fingerprint_of_index(prefix, first_token * index.dtype.itemsize), index)
 
 
-def _ends_in_part(stream: RawStream, index: Shard, first_token: int) -> np.ndarray:
-    ends = index.document_starts - first_token
-    return ends[(ends > 0) & (ends < stream.num_tokens)]
+class _Part(RawStream):
+    """A part of a .bin file that was split; the index is that of the whole file, where it begins at `first_token`."""
+
+    def __init__(self, file: Path, index: Shard, first_token: int) -> None:
+        super().__init__(file, index.dtype)
+        self._index, self._first_token = index, first_token
+
+    @cached_property
+    def stated_ends(self) -> np.ndarray:
+        """The token after each document that ends within the part, int64."""
+        ends = self._index.document_starts - self._first_token
+        return ends[(ends > 0) & (ends < self.num_tokens)]
+
+    def starts_within(self, first_tokens: np.ndarray, stop_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The documents that begin in these stretches, not those that go on in them; see `TokenFile`."""
+        stretches, starts = self._index.starts_within(first_tokens + self._first_token, stop_tokens + self._first_token)
+        return stretches, starts - self._first_token
 
 
 def fingerprint_of_index(prefix: Path, bin_bytes: int) -> str:

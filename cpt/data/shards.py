@@ -19,7 +19,7 @@ import xxhash
 
 from cpt.config import Fault
 from cpt.data.megatron_index import HEADER, LONGEST_SEQUENCE, pack_header, parse_header, token_type
-from cpt.data.token_file import TokenFile
+from cpt.data.token_file import TokenFile, starts_between
 
 logger = logging.getLogger(__name__)
 
@@ -221,17 +221,24 @@ class Shard(TokenFile):
         starts = np.append(self.sequence_offsets // self.dtype.itemsize, self.num_tokens)
         return starts[self.document_array]
 
+    def starts_within(self, first_tokens: np.ndarray, stop_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The documents that begin in these stretches; see `TokenFile`."""
+        return starts_between(self._starts_of, self.num_documents, first_tokens, stop_tokens)
+
     def document(self, index: int) -> np.ndarray:
         """Tokens of one document, read-only, without a copy."""
         if not 0 <= index < self.num_documents:
             raise ValueError(f"document {index} is not among the {self.num_documents} of {self.prefix}")
-        first, last = (self._start_of_sequence(int(self.document_array[i])) for i in (index, index + 1))
+        first, last = self._starts_of(np.array([index, index + 1])).tolist()
         return self.tokens[first:last]
 
-    def _start_of_sequence(self, sequence: int) -> int:
-        if sequence == self._header.num_sequences:
-            return self.num_tokens
-        return int(self.sequence_offsets[sequence]) // self.dtype.itemsize
+    def _starts_of(self, documents: np.ndarray) -> np.ndarray:
+        """First token of these documents, numbered from 0 to the number of documents."""
+        sequences = documents if self._is_repaired else self.document_array[documents]
+        is_end = sequences == self._header.num_sequences
+        starts = np.full(len(documents), self.num_tokens, np.int64)
+        starts[~is_end] = self.sequence_offsets[sequences[~is_end]] // self.dtype.itemsize
+        return starts
 
     def _index_array(self, dtype: str, offset: int, count: int) -> np.ndarray:
         if count == 0:

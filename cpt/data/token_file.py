@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +14,7 @@ class TokenFile(ABC):
     """Tokens, stretches and documents of one file.
 
     prefix: names the shard in messages. dtype: of the stored token ids. A subclass sets these and tells
-    `document_starts`.
+    `document_starts`, all of them at once, and `starts_within`.
     """
 
     prefix: Path
@@ -27,9 +28,22 @@ class TokenFile(ABC):
         self._views: dict[int, np.ndarray] = {}
 
     @property
+    def file(self) -> Path:
+        """The file with the token ids."""
+        return self._file
+
+    @property
     @abstractmethod
     def document_starts(self) -> np.ndarray:
         """First token of each document and, last, the number of tokens, int64 [documents + 1]."""
+
+    @abstractmethod
+    def starts_within(self, first_tokens: np.ndarray, stop_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The documents that begin in these stretches of the file, from first to before stop, [B] each.
+
+        Two arrays of the same length, in order: the stretch's place in B, and the token. Costs what the stretches hold,
+        not what the file holds. None for a file that does not tell documents apart.
+        """
 
     @property
     def document_lengths(self) -> np.ndarray:
@@ -55,10 +69,40 @@ class TokenFile(ABC):
     def gather(self, start_tokens: np.ndarray, length: int) -> np.ndarray:
         """The stretches of `length` tokens that begin at start_tokens, a copy, [len(start_tokens), length].
 
-        One fancy index over an overlapping view: half the time of a slice for each stretch.
+        One fancy index over an overlapping view: half the time of a slice for each stretch. It gives up the
+        interpreter's lock, whatever the length, so that a page fault on a slow disk stops this thread only; slices and
+        `np.concatenate` do so from 501 tokens on.
         """
         view = self._views.get(length)
         if view is None:
             view = np.lib.stride_tricks.sliding_window_view(self.tokens, length)
             self._views = {length: view}
         return view[start_tokens]
+
+
+def starts_between(
+    starts_of: Callable[[np.ndarray], np.ndarray], num_documents: int, first_tokens: np.ndarray, stop_tokens: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `TokenFile.starts_within` gives, for documents whose first tokens `starts_of(numbers)` reads from an index.
+
+    A binary search for all stretches at once. `np.searchsorted` would copy an index that is not aligned, as those of
+    Megatron's files never are, whole into memory.
+    """
+    low, high = np.split(_documents_before(starts_of, num_documents, np.concatenate((first_tokens, stop_tokens))), 2)
+    counts = high - low
+    stretches = np.repeat(np.arange(len(counts)), counts)
+    documents = np.arange(len(stretches)) + np.repeat(low - (np.cumsum(counts) - counts), counts)
+    return stretches, starts_of(documents)
+
+
+def _documents_before(
+    starts_of: Callable[[np.ndarray], np.ndarray], num_documents: int, tokens: np.ndarray
+) -> np.ndarray:
+    """How many documents begin before each of these tokens, [len(tokens)]."""
+    low, high = np.zeros(len(tokens), np.int64), np.full(len(tokens), num_documents, np.int64)
+    for _ in range(num_documents.bit_length()):
+        middle = (low + high) // 2
+        # Where the search has ended, the last document is looked at once more, and nothing changes.
+        is_before = (low < high) & (starts_of(np.minimum(middle, num_documents - 1)) < tokens)
+        low, high = np.where(is_before, middle + 1, low), np.where(is_before, high, middle)
+    return low

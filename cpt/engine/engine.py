@@ -26,14 +26,16 @@ from cpt.methods import Forward, Seams
 from cpt.parallel.mesh import Mesh
 from cpt.parallel.weights import MOMENTS, Masters
 from cpt.progress import Progress
+from cpt_kernels.documents import model_inputs, num_counting
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one step did, the same on every rank.
 
-    Losses are nats a token, exact means over the step's tokens of all ranks. `skipped`: the update was not made because
-    a gradient was not finite. `stop_asked`: some rank was asked to stop.
+    Losses are nats a token, exact means over the step's targets of all ranks that count; `loss` is 0 if none does.
+    `loss_by_source` leaves out a source without any. `skipped`: the update was not made because a gradient was not
+    finite. `stop_asked`: some rank was asked to stop.
     """
 
     loss: float
@@ -46,10 +48,11 @@ class StepResult:
 class Engine:
     """A model under DeepSpeed with the methods hooked into its step.
 
-    `model` maps (tokens [B, S], targets [B, S]) to token losses [B, S] in fp32. `make_optimizer(groups)` makes torch's
-    AdamW for two parameter groups, with and without weight decay as `decays(name)` says. Call `fill` or `load` next:
-    the weights in `model` do not count, because DeepSpeed would round them to bf16 before it makes its fp32 masters.
-    Every call is collective: all ranks make it together.
+    `model` maps (tokens [B, S], targets [B, S]) to token losses [B, S] in fp32; a third argument, `Documents`, comes
+    with windows of which it is known where documents begin, and targets that do not count must then have loss 0.
+    `make_optimizer(groups)` makes torch's AdamW for two parameter groups, with and without weight decay as
+    `decays(name)` says. Call `fill` or `load` next: the weights in `model` do not count, because DeepSpeed would round
+    them to bf16 before it makes its fp32 masters. Every call is collective: all ranks make it together.
     """
 
     def __init__(
@@ -87,13 +90,23 @@ class Engine:
         self._update = self._engine.optimizer.step
         self._engine.optimizer.step = self._update_between_seams
 
-    def fill(self, read: Callable[[str, int, int], torch.Tensor]) -> None:
-        """Start from weights alone: masters and model equal `read(name, start, stop)`, moments and step count zero."""
+    def fill(self, read: Callable[[str, int, int], torch.Tensor], check: bool = True) -> None:
+        """Start from weights alone: masters and model equal `read(name, start, stop)`, moments and step count zero.
+
+        `check`: read once more and compare, because a run whose masters are something else begins at the right loss
+        and loses the model with its first step.
+        """
         self.masters.fill(read)
         for moment in MOMENTS:
             self.masters.fill(lambda name, start, stop: torch.zeros(stop - start), moment)
         self.masters.num_updates = 0
         self.masters.refresh()
+        differing = self.masters.differing(read) if check else []
+        if self._mesh.any(bool(differing)):
+            raise Fault(
+                f"the fp32 masters are not the weights that were read ({(differing or ['elsewhere'])[0]}); "
+                f"deepspeed = {self._settings.deepspeed}: leave these settings out"
+            )
         if self._mesh.any(bool(self.masters.stale())):
             raise Fault(
                 f"deepspeed = {self._settings.deepspeed}: with these settings DeepSpeed computes with other weights "
@@ -108,10 +121,14 @@ class Engine:
         rate: float,
         progress: Progress,
         stop_asked: bool = False,
+        starts: torch.Tensor | None = None,
     ) -> StepResult:
         """Train once on this rank's windows `tokens` [B, S + 1], whose sources are numbered in `sources` [B].
 
-        `rate`: learning rate of the update. `progress`: the place before the step.
+        `rate`: learning rate of the update. `progress`: the place before the step. `starts` [B, S + 1] on the CPU is
+        true where a token begins a document; on every rank or on none. With it attention stays inside a document and
+        the first token of a document does not count as a target. A target that counts has the same weight wherever it
+        stands; in a step without any, the gradient is zero and the update is made all the same.
         """
         self._progress = progress
         for method in self._methods:
@@ -119,36 +136,57 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         size = self._settings.batch.micro_batch_on(self._mesh.data_size)
+        counts = num_counting(tokens, starts)  # [B]
+        mean_count = None if starts is None else self._mean_count(counts, len(tokens) // size)
         # Per source: loss summed, tokens counted; and one place more for "stop".
         sums = torch.zeros(2, num_sources + 1, dtype=torch.float64)
         for first in range(0, len(tokens), size):
-            micro_batch = tokens[first : first + size].to(self._mesh.device, non_blocking=True)
-            losses = self._engine(micro_batch[:, :-1], micro_batch[:, 1:])  # [B, S]
-            loss = losses.mean()
+            here = slice(first, first + size)
+            micro_batch = tokens[here].to(self._mesh.device, non_blocking=True)
+            starts_here = None if starts is None else starts[here]
+            losses = self._engine(*model_inputs(micro_batch, starts_here, self._mesh.device))  # [B, S]
+            loss = losses.mean() if mean_count is None else losses.sum() / mean_count
             for method in self._methods:
                 extra = method.after_forward(Forward(progress, micro_batch, losses))
                 loss = loss if extra is None else loss + extra
             self._engine.backward(loss)
             self._engine.step()
             by_window = losses.detach().sum(dim=1, dtype=torch.float64).cpu()  # [B]
-            sums[0].index_add_(0, sources[first : first + size], by_window)
-            sums[1].index_add_(0, sources[first : first + size], torch.full_like(by_window, losses.shape[1]))
+            sums[0].index_add_(0, sources[here], by_window)
+            sums[1].index_add_(0, sources[here], counts[here].to(sums.dtype))
         sums[0, -1] = float(stop_asked)
         sums = self._mesh.sum(sums.to(self._mesh.device)).cpu()
         return StepResult(
-            loss=float(sums[0, :-1].sum() / sums[1, :-1].sum()),
+            loss=float(sums[0, :-1].sum() / sums[1, :-1].sum().clamp(min=1)),
             loss_by_source={i: float(sums[0, i] / sums[1, i]) for i in range(num_sources) if sums[1, i] > 0},
             grad_norm=self._gradient_norm(),
             skipped=not self._engine.was_step_applied(),
             stop_asked=bool(sums[0, -1] > 0),
         )
 
+    def use_model_settings(self, settings: Any) -> None:
+        """Let the model compute with other rotary positions from now on; shapes must be the same."""
+        self._model.settings = settings
+
+    def warm(self, tokens: torch.Tensor, sources: torch.Tensor, starts: torch.Tensor | None = None) -> None:
+        """A step at learning rate 0, which no method takes part in: weights stay, AdamW's moments fill.
+
+        The arguments are those of `step`.
+        """
+        methods, self._methods = self._methods, ()
+        try:
+            self.step(tokens, torch.zeros_like(sources), 1, 0.0, Progress(), starts=starts)
+        finally:
+            self._methods = methods
+
     @torch.no_grad()
-    def score(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Loss of each window of `tokens` [B, S + 1] on this rank, summed over its S targets: [B] float64, on CPU."""
+    def score(self, tokens: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
+        """Loss of each window of `tokens` [B, S + 1] on this rank, summed over its targets: [B] float64, on CPU.
+
+        `starts` is as in `step`; how many targets count then is for the caller to know.
+        """
         self._engine.eval()
-        tokens = tokens.to(self._mesh.device)
-        losses = self._engine(tokens[:, :-1], tokens[:, 1:])  # [B, S]
+        losses = self._engine(*model_inputs(tokens, starts, self._mesh.device))  # [B, S]
         self._engine.train()
         return losses.sum(dim=1, dtype=torch.float64).cpu()
 
@@ -192,6 +230,15 @@ class Engine:
         if with_methods:
             for method in self._methods:
                 self._load_method(method, checkpoint)
+
+    def _mean_count(self, counts: torch.Tensor, num_micro_batches: int) -> torch.Tensor:
+        """Targets that count in a micro-batch, the mean over all of the step; above 0. On the device: nothing waits.
+
+        What a micro-batch's losses are divided by: DeepSpeed takes the mean over micro-batches and ranks, and each
+        weighs the same there, however many of its own targets count.
+        """
+        total = self._mesh.sum(counts.sum().double().to(self._mesh.device))
+        return total.clamp(min=1) / (num_micro_batches * self._mesh.data_size)
 
     def _load_method(self, method: Seams, checkpoint: Checkpoint) -> None:
         prefix = f"method/{method.name}/"

@@ -16,6 +16,7 @@ import torch
 from cpt.config import Fault
 from cpt.data.corpus import Corpus
 from cpt.parallel.mesh import Mesh
+from cpt_kernels.documents import num_counting
 
 
 @dataclass(frozen=True)
@@ -48,22 +49,45 @@ class Score:
 
 
 class HeldOut:
-    """A held-out corpus and the windows of it that are scored. Raises Fault if it is shorter than one window."""
+    """Held-out text and the windows of it that are scored: a corpus, or its tokens from `first_token` to `stop_token`.
 
-    def __init__(self, path: Path, sequence_length: int, num_windows: int) -> None:
+    `within_documents`: no token is foretold from another document, and so the first of each is no target. Raises Fault
+    if there is no whole window, ValueError for tokens outside the corpus.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        sequence_length: int,
+        num_windows: int,
+        within_documents: bool = False,
+        first_token: int = 0,
+        stop_token: int | None = None,
+    ) -> None:
         self.corpus = Corpus.open(path)
-        there = self.corpus.num_windows(sequence_length)
+        stop_token = self.corpus.num_tokens if stop_token is None else stop_token
+        if not 0 <= first_token <= stop_token <= self.corpus.num_tokens:
+            raise ValueError(
+                f"tokens {first_token}..{stop_token} are not within the {self.corpus.num_tokens} of {path}"
+            )
+        there = (stop_token - first_token - 1) // sequence_length
         if there < 1:
             raise Fault(
-                f"{path} holds {self.corpus.num_tokens} tokens, not one window of {sequence_length + 1}; "
+                f"{path} holds {stop_token - first_token} tokens, not one window of {sequence_length + 1}; "
                 "hold out more text"
             )
         number = min(there, num_windows) if num_windows else there
         self._ids = np.arange(number, dtype=np.int64) * there // number
         self._sequence_length = sequence_length
+        self._within_documents = within_documents
+        self._first_token = first_token
 
-    def score(self, score: Callable[[torch.Tensor], torch.Tensor], mesh: Mesh, micro_batch: int) -> Score:
-        """The mean over all its windows; `score` maps tokens [B, S + 1] to summed losses [B]. All ranks call it."""
+    def score(self, score: Callable[..., torch.Tensor], mesh: Mesh, micro_batch: int) -> Score:
+        """The mean over all targets of its windows that count. All ranks call it.
+
+        `score` maps tokens [B, S + 1] to summed losses [B]; within documents it is also given, bool [B, S + 1], which
+        tokens begin one. Raises Fault if no target counts.
+        """
         sums = torch.zeros(2, dtype=torch.float64)
         # Every rank makes the same number of forward passes, because under ZeRO-3 each pass gathers weights from all.
         a_turn = micro_batch * mesh.data_size
@@ -71,20 +95,39 @@ class HeldOut:
             turn = self._ids[first : first + a_turn]
             mine = turn[mesh.data_rank :: mesh.data_size]
             asked = mine if len(mine) else turn[:1]
-            tokens = torch.from_numpy(self.corpus.windows(asked, self._sequence_length))
-            losses = score(tokens)
+            tokens = torch.from_numpy(self.corpus.windows(asked, self._sequence_length, self._first_token))
+            starts = self._starts(asked)
+            losses = score(tokens) if starts is None else score(tokens, starts)
             if len(mine):
-                sums += torch.tensor([float(losses.sum()), losses.numel() * self._sequence_length], dtype=torch.float64)
+                counts = num_counting(tokens, starts)
+                sums += torch.tensor([float(losses.sum()), float(counts.sum())], dtype=torch.float64)
         total, num_tokens = mesh.sum(sums.to(mesh.device)).tolist()
+        if not num_tokens:
+            raise Fault(
+                f"{self.corpus.path}: every target in its windows begins a document, so that none can be scored; "
+                "hold out longer documents, or score with attention across_documents"
+            )
         loss = total / num_tokens
         return Score(loss, bits_per_byte(loss, self.corpus), int(num_tokens))
+
+    def first_windows(self, number: int) -> torch.Tensor:
+        """The first of its windows, up to that many: tokens [B, S + 1]."""
+        return torch.from_numpy(self.corpus.windows(self._ids[:number], self._sequence_length, self._first_token))
+
+    def _starts(self, ids: np.ndarray) -> torch.Tensor | None:
+        """Which tokens of these windows begin a document, [B, S + 1]; None across documents."""
+        if not self._within_documents:
+            return None
+        first_tokens = self._first_token + ids * self._sequence_length
+        return torch.from_numpy(self.corpus.document_starts(first_tokens, self._sequence_length + 1))
 
 
 def bits_per_byte(loss: float, corpus: Corpus) -> float | None:
     """A loss in nats a token as bits a byte of the text, at the corpus's mean bytes a token.
 
-    Comparable over tokenizers, which losses are not.
+    Comparable over tokenizers, which losses are not. Where the first token of each document is not scored, it is taken
+    to cost as much as the others do on average: one token a document, seldom one in two hundred.
     """
     if not corpus.num_bytes:
         return None
-    return loss / math.log(2) * corpus.num_tokens / corpus.num_bytes
+    return loss / math.log(2) * corpus.num_text_tokens / corpus.num_bytes

@@ -24,7 +24,10 @@ from cpt.progress import Progress
 
 @dataclass(frozen=True)
 class Forward:
-    """A micro-batch after its forward pass: `tokens` [B, S + 1] and the `losses` [B, S] of its S targets, in nats."""
+    """A micro-batch after its forward pass: `tokens` [B, S + 1] and the `losses` [B, S] of its S targets, in nats.
+
+    Where a target does not count, because it is the first token of a document, its loss is 0.
+    """
 
     progress: Progress
     tokens: torch.Tensor

@@ -1,30 +1,59 @@
-"""Llama: rotary positions, grouped-query attention, RMSNorm before each layer, SwiGLU, no biases.
+"""Llama: rotary positions, grouped-query attention, RMSNorm before each layer, SwiGLU.
 
     tokens -> embedding -> [+ attention(norm) -> + feed-forward(norm)] x layers -> norm -> head -> losses or logits
 
-B sequences, S positions, D width, K head width, V vocabulary.
+Mistral (with attention to all positions), Qwen2 (query, key and value have biases), SmolLM and TinyLlama are Llamas.
+B sequences, S positions, D width, K head width.
 Source: Touvron et al. 2023, arXiv:2302.13971; grouped queries: arXiv:2307.09288.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from cpt.models.layers.attention import Attention
+from cpt.config import chosen_from
+from cpt.models.layers.attention import Attention, Biases
+from cpt.models.layers.cuts import Cut
+from cpt.models.layers.decoder import Decoder
 from cpt.models.layers.feed_forward import FeedForward
-from cpt.models.layers.head import Head
 from cpt.models.layers.norm import RMSNorm
-from cpt_kernels import Kernels, rotary
+from cpt.models.layers.shape import Shape, not_positive, with_biases
+from cpt_kernels import Documents, Kernels
+
+CUTS: dict[str, Cut] = {
+    "embedding.weight": "vocabulary",
+    "blocks.*.attention_norm.weight": "whole",
+    "blocks.*.attention.query.weight": "column",
+    "blocks.*.attention.query.bias": "column",
+    "blocks.*.attention.key.weight": "column",
+    "blocks.*.attention.key.bias": "column",
+    "blocks.*.attention.value.weight": "column",
+    "blocks.*.attention.value.bias": "column",
+    "blocks.*.attention.output.weight": "row",
+    "blocks.*.attention.output.bias": "whole",
+    "blocks.*.mlp_norm.weight": "whole",
+    "blocks.*.mlp.gate.weight": "column",
+    "blocks.*.mlp.gate.bias": "column",
+    "blocks.*.mlp.up.weight": "column",
+    "blocks.*.mlp.up.bias": "column",
+    "blocks.*.mlp.down.weight": "row",
+    "blocks.*.mlp.down.bias": "whole",
+    "norm.weight": "whole",
+    "head.weight": "vocabulary",
+}
+_COUNTS = ("vocabulary", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width", "longest_sequence")
+_NUMBERS = ("rope_base", "norm_epsilon", "initial_std")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The shape of a Llama. `None` means: derived, as the property of the longer name says."""
+class Settings(Shape):
+    """The shape of a Llama. `None` means: derived, as the property of the longer name says.
+
+    `rope_scaling`: one of cpt/models/rope_scaling, such as `{name: llama3, factor: 8, original_length: 8192}`.
+    """
 
     vocabulary: int
     width: int = 256
@@ -33,11 +62,17 @@ class Settings:
     kv_heads: int | None = None
     head_width: int | None = None
     mlp_width: int | None = None
+    attention_bias: Biases = "none"
+    mlp_bias: bool = False
     rope_base: float = 10000.0
+    rope_scaling: Any | None = field(default=None, metadata=chosen_from("cpt.models.rope_scaling"))
     norm_epsilon: float = 1e-5
     tied: bool = False
     initial_std: float = 0.02
     longest_sequence: int = 2048
+
+    # How the family was trained. Llama 3 says it: within each document (Dubey et al. 2024, arXiv:2407.21783, 3.2).
+    attends_across_documents: ClassVar[bool] = False
 
     @property
     def num_kv_heads(self) -> int:
@@ -55,54 +90,42 @@ class Settings:
         return -(-8 * self.width // (3 * 64)) * 64 if self.mlp_width is None else self.mlp_width
 
     @property
+    def rotary_width(self) -> int:
+        """Entries of a head that are turned by its position: all."""
+        return self.width_of_head
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter of the model by name, with its shape, in the model's order; a tied one once."""
         queries, keys = self.heads * self.width_of_head, self.num_kv_heads * self.width_of_head
+        has_qkv_bias, has_output_bias = self.attention_bias != "none", self.attention_bias == "all"
         shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (self.vocabulary, self.width)}
         for block in (f"blocks.{index}" for index in range(self.layers)):
             shapes[f"{block}.attention_norm.weight"] = (self.width,)
-            shapes[f"{block}.attention.query.weight"] = (queries, self.width)
-            shapes[f"{block}.attention.key.weight"] = (keys, self.width)
-            shapes[f"{block}.attention.value.weight"] = (keys, self.width)
-            shapes[f"{block}.attention.output.weight"] = (self.width, queries)
+            shapes |= with_biases(f"{block}.attention.query", (queries, self.width), has_qkv_bias)
+            shapes |= with_biases(f"{block}.attention.key", (keys, self.width), has_qkv_bias)
+            shapes |= with_biases(f"{block}.attention.value", (keys, self.width), has_qkv_bias)
+            shapes |= with_biases(f"{block}.attention.output", (self.width, queries), has_output_bias)
             shapes[f"{block}.mlp_norm.weight"] = (self.width,)
-            shapes[f"{block}.mlp.gate.weight"] = (self.width_of_mlp, self.width)
-            shapes[f"{block}.mlp.up.weight"] = (self.width_of_mlp, self.width)
-            shapes[f"{block}.mlp.down.weight"] = (self.width, self.width_of_mlp)
+            shapes |= with_biases(f"{block}.mlp.gate", (self.width_of_mlp, self.width), self.mlp_bias)
+            shapes |= with_biases(f"{block}.mlp.up", (self.width_of_mlp, self.width), self.mlp_bias)
+            shapes |= with_biases(f"{block}.mlp.down", (self.width, self.width_of_mlp), self.mlp_bias)
         shapes["norm.weight"] = (self.width,)
         if not self.tied:
             shapes["head.weight"] = (self.vocabulary, self.width)
         return shapes
 
-    @property
-    def num_parameters(self) -> int:
-        """All weights; a tied embedding counts once."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
+    def std_of(self, name: str) -> float:
+        """Deviation of the matrix `name` before training: `initial_std`, less for what adds to the residual stream.
 
-    @property
-    def num_matmul_parameters(self) -> int:
-        """Weights that each token is multiplied with: all matrices, with the head and without the input embedding."""
-        matrices = sum(math.prod(shape) for shape in self.shapes.values() if len(shape) == 2)
-        return matrices if self.tied else matrices - self.vocabulary * self.width
-
-    def flops_per_token(self, sequence_length: int) -> float:
-        """Floating-point operations of forward and backward for one token: 6 a weight, and causal attention.
-
-        Causal: a position meets half of all positions on average, so attention costs 6 x layers x heads x K x S, half
-        of what is often quoted.
+        Less by sqrt(2 x layers), so that the stream's variance does not grow with depth (as in GPT-2).
         """
-        attention_width = self.heads * self.width_of_head
-        return 6.0 * self.num_matmul_parameters + 6.0 * self.layers * attention_width * sequence_length
+        adds = name.endswith(("attention.output.weight", "mlp.down.weight"))
+        return self.initial_std / (2 * self.layers) ** 0.5 if adds else self.initial_std
 
     def faults(self) -> list[str]:
         """One line for each contradiction; the names in them are fields of these settings."""
-        counts = ("vocabulary", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width", "longest_sequence")
-        numbers = ("rope_base", "norm_epsilon", "initial_std")
-        lines = [
-            f"{name} = {value}: must be more than 0"
-            for name in counts + numbers
-            if (value := getattr(self, name)) is not None and value <= 0
-        ]
+        lines = not_positive(self, _COUNTS + _NUMBERS)
         if lines:
             return lines
         if self.head_width is None and self.width % self.heads:
@@ -120,69 +143,12 @@ class Settings:
         return lines
 
 
-class Model(nn.Module):
+class Model(Decoder):
     """A Llama for one device. Its weights are not set until `initialise`, or until they are loaded."""
 
     def __init__(self, settings: Settings, kernels: Kernels) -> None:
-        super().__init__()
-        self.settings = settings
-        self.embedding = nn.Embedding(settings.vocabulary, settings.width)
-        self.blocks = nn.ModuleList(Block(settings, kernels) for _ in range(settings.layers))
-        self.norm = RMSNorm(settings.width, settings.norm_epsilon, kernels)
-        tied_to = self.embedding.weight if settings.tied else None
-        self.head = Head(settings.vocabulary, settings.width, kernels, tied_to)
-
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Losses [B, S] in fp32, each that of predicting `targets[b, s]` from tokens up to s; without targets, logits.
-
-        tokens and targets [B, S] int64 -> losses [B, S], or logits [B, S, V] in the type of the weights.
-        Raises ValueError for sequences longer than the settings allow.
-        """
-        num_positions = tokens.shape[1]
-        if num_positions > self.settings.longest_sequence:
-            raise ValueError(
-                f"a sequence of {num_positions} tokens is longer than"
-                f" model.longest_sequence = {self.settings.longest_sequence}"
-            )
-        angles = rotary.table(num_positions, self.settings.width_of_head, self.settings.rope_base, tokens.device)
-        hidden = self.embedding(tokens)  # [B, S, D]
-        for block in self.blocks:
-            hidden = block(hidden, angles)
-        return self.head(self.norm(hidden), targets)
-
-    def initialise(self, seed: int) -> None:
-        """Set every weight to its initial value; see `initial_value`."""
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                parameter.copy_(self.initial_value(name, seed))
-
-    def initial_value(self, name: str, seed: int) -> Tensor:
-        """The weight `name` before training, fp32 on the CPU: the same on every rank, device and number of ranks.
-
-        Norms are 1. Matrices are normal with `initial_std`; those that add to the residual stream are smaller by
-        sqrt(2 x layers), so that the stream's variance does not grow with depth (as in GPT-2).
-        """
-        shape = self.settings.shapes[name]  # not the parameter's own: ZeRO-3 leaves it empty
-        if not decays(name):
-            return torch.ones(shape)
-        std = self.settings.initial_std
-        if name.endswith(("attention.output.weight", "mlp.down.weight")):
-            std /= (2 * self.settings.layers) ** 0.5
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        return torch.empty(shape).normal_(0.0, std, generator=generator)
-
-    def flops_per_token(self, sequence_length: int) -> float:
-        """Forward and backward, causal; see `Settings.flops_per_token`."""
-        return self.settings.flops_per_token(sequence_length)
-
-    def num_parameters(self) -> int:
-        """All weights, however they are sharded; a tied embedding counts once."""
-        return self.settings.num_parameters
-
-    def decays(self, name: str) -> bool:
-        """Whether weight decay applies to the parameter `name`."""
-        return decays(name)
+        norm = RMSNorm(settings.width, settings.norm_epsilon, kernels)
+        super().__init__(settings, kernels, lambda: Block(settings, kernels), norm)
 
 
 class Block(nn.Module):
@@ -192,17 +158,17 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm = RMSNorm(settings.width, settings.norm_epsilon, kernels)
         self.attention = Attention(
-            settings.width, settings.heads, settings.num_kv_heads, settings.width_of_head, kernels
+            settings.width,
+            settings.heads,
+            settings.num_kv_heads,
+            settings.width_of_head,
+            kernels,
+            settings.attention_bias,
         )
         self.mlp_norm = RMSNorm(settings.width, settings.norm_epsilon, kernels)
-        self.mlp = FeedForward(settings.width, settings.width_of_mlp, kernels)
+        self.mlp = FeedForward(settings.width, settings.width_of_mlp, kernels, settings.mlp_bias)
 
-    def forward(self, hidden: Tensor, angles: Tensor) -> Tensor:
-        """hidden [B, S, D], angles [2, S, K/2] -> [B, S, D]."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), angles)
+    def forward(self, hidden: Tensor, angles: Tensor, documents: Documents | None = None) -> Tensor:
+        """hidden [B, S, D], angles [2, S, K/2] or [2, B, S, K/2] -> [B, S, D]."""
+        hidden = hidden + self.attention(self.attention_norm(hidden), angles, documents)
         return hidden + self.mlp(self.mlp_norm(hidden))
-
-
-def decays(name: str) -> bool:
-    """Whether weight decay applies to the parameter: to matrices, embeddings among them, and not to norms."""
-    return not name.endswith("norm.weight")

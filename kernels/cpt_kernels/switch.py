@@ -14,13 +14,15 @@ from types import ModuleType
 
 import torch
 
-from cpt_kernels import adamw, attention, cross_entropy, rms_norm, rotary, swiglu
+from cpt_kernels import adamw, attention, cross_entropy, gelu, layer_norm, rms_norm, rotary, swiglu
 
 _OPERATIONS: dict[str, ModuleType] = {
     "attention": attention,
     "rms_norm": rms_norm,
+    "layer_norm": layer_norm,
     "rotary": rotary,
     "swiglu": swiglu,
+    "gelu": gelu,
     "cross_entropy": cross_entropy,
     "adamw": adamw,
 }
@@ -35,8 +37,10 @@ class Settings:
 
     attention: str = "auto"
     rms_norm: str = "auto"
+    layer_norm: str = "auto"
     rotary: str = "auto"
     swiglu: str = "auto"
+    gelu: str = "auto"
     cross_entropy: str = "auto"
     adamw: str = "auto"
     all: str = "auto"
@@ -56,17 +60,20 @@ class Settings:
 class Kernels:
     """The functions that serve; each is described in the file of its operation.
 
-    attention(queries, keys, values)        rms_norm(hidden, weight, epsilon)       rotary(queries, keys, angles)
-    swiglu(gate, up)                        linear_cross_entropy(hidden, weight, targets)
-    adamw(param_groups, learning_rate, betas, epsilon)
+    attention(queries, keys, values, documents=None)        rotary(queries, keys, angles)
+    rms_norm(hidden, weight, epsilon)                       layer_norm(hidden, weight, bias, epsilon)
+    swiglu(gate, up)                                        gelu(hidden, is_tanh=False)
+    linear_cross_entropy(hidden, weight, targets)           adamw(param_groups, learning_rate, betas, epsilon)
 
     `told` says for each operation which twin it is and why: a line for the log.
     """
 
     attention: Callable
     rms_norm: Callable
+    layer_norm: Callable
     rotary: Callable
     swiglu: Callable
+    gelu: Callable
     linear_cross_entropy: Callable
     adamw: Callable
     told: dict[str, str]

@@ -70,8 +70,37 @@ def test_the_table_has_a_line_for_each_corpus(child, capsys):
 
 
 def test_windows_and_sequence_length_can_be_chosen(child, capsys):
-    assert scores(capsys, child, "--windows", "5")["prose"]["tokens"] == 5 * runs.LENGTH
-    assert scores(capsys, child, "--windows", "3", "--sequence-length", "20")["code"]["tokens"] == 60
+    across = [child, "--attention", "across_documents"]  # every token of a window is scored
+    assert scores(capsys, *across, "--windows", "5")["prose"]["tokens"] == 5 * runs.LENGTH
+    assert scores(capsys, *across, "--windows", "3", "--sequence-length", "20")["code"]["tokens"] == 60
+
+
+def test_attention_is_the_runs_setting_or_the_familys_custom_unless_asked_for(child, exported, data, tmp_path, capsys):
+    across = copied_with_attention(child, tmp_path / "across", "across_documents")
+    within = copied_with_attention(child, tmp_path / "within", "within_document")
+    old = copied_with_attention(child, tmp_path / "old", None)  # Llama's custom: within
+    of_across, of_within = scores(capsys, across), scores(capsys, within)
+    for name in ("prose", "code"):
+        assert of_across[name]["tokens"] > of_within[name]["tokens"]
+        assert of_across[name]["loss"] != pytest.approx(of_within[name]["loss"], abs=1e-3)
+    assert scores(capsys, old) == of_within
+    assert scores(capsys, across, "--attention", "within_document") == of_within
+    assert scores(capsys, within, "--attention", "across_documents") == of_across
+    asked = [exported, "--corpora", data / "prose-held-out", "--sequence-length", runs.LENGTH]
+    assert scores(capsys, *asked)["prose-held-out"] == pytest.approx(of_within["prose"], abs=1e-5)
+    asked += ["--attention", "across_documents"]
+    assert scores(capsys, *asked)["prose-held-out"] == pytest.approx(of_across["prose"], abs=1e-5)
+
+
+def copied_with_attention(run: Path, target: Path, attention: str | None) -> Path:
+    """A copy of the run whose settings say this of attention; None: nothing."""
+    copy = runs.copy(run, target)
+    plain = yaml.safe_load((copy / "run.yaml").read_text())
+    plain.pop("attention", None)
+    if attention:
+        plain["attention"] = attention
+    (copy / "run.yaml").write_text(yaml.safe_dump(plain))
+    return copy
 
 
 def test_two_corpora_of_one_name_are_both_scored(child, data, tmp_path, capsys):

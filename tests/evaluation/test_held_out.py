@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from cpt_harness.numbered import numbered_corpus
+from cpt_harness.numbered import corpus_of_documents, numbered_corpus
 
 from cpt.config import Fault
 from cpt.data.corpus import Corpus
@@ -116,3 +116,77 @@ def test_a_corpus_shorter_than_one_window_is_a_fault(tmp_path):
         HeldOut(path, LENGTH, 4)
     assert str(caught.value) == f"{path} holds 8 tokens, not one window of 9; hold out more text"
     assert HeldOut(numbered_corpus(tmp_path / "enough", LENGTH + 1), LENGTH, 4).score(loss_of, ALONE, 4).num_tokens == 8
+
+
+def loss_within(tokens: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """`loss_of` the targets that begin no document."""
+    assert starts.dtype is torch.bool and starts.shape == tokens.shape
+    return (tokens[:, 1:].double() / 100).sqrt().masked_fill(starts[:, 1:], 0.0).sum(dim=1)
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    """20 windows and a token; documents begin at 0, 10, 13, 14, 15, 50, and from there on at each of 30 tokens."""
+    lengths = [[10, 3, 1], [1, 35] + [1] * 30, [81]]
+    return corpus_of_documents(tmp_path_factory.mktemp("corpora") / "documents", lengths)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 7, 64])
+def test_within_documents_the_mean_is_over_the_targets_that_begin_none(documents, micro_batch):
+    score = HeldOut(documents, LENGTH, 0, within_documents=True).score(loss_within, ALONE, micro_batch)
+    targets = sorted(set(range(1, 161)) - {10, 13, 14, 15, *range(50, 81)})
+    assert score.num_tokens == len(targets)
+    assert score.loss == pytest.approx(math.fsum(math.sqrt(token / 100) for token in targets) / len(targets), rel=1e-12)
+
+
+def test_across_documents_they_are_not_asked_for(documents):
+    score = HeldOut(documents, LENGTH, 0).score(loss_of, ALONE, 4)
+    assert score.num_tokens == 160
+
+
+@pytest.mark.parametrize("num_windows", [2, 20])
+def test_three_ranks_together_count_the_targets_that_one_does(documents, num_windows):
+    held_out = HeldOut(documents, LENGTH, num_windows, within_documents=True)
+    SUMS.clear()
+    for rank in range(3):
+        held_out.score(loss_within, OneOfThree(rank), 2)
+    total, num_tokens = torch.stack(SUMS).sum(dim=0).tolist()
+    alone = held_out.score(loss_within, ALONE, 2)
+    assert num_tokens == alone.num_tokens and total / num_tokens == pytest.approx(alone.loss, rel=1e-12)
+
+
+def test_text_in_which_every_token_is_a_document_is_a_fault(tmp_path):
+    path = corpus_of_documents(tmp_path / "ones", [[1] * 50])
+    with pytest.raises(Fault, match=r"ones: every target in its windows begins a document, .* hold out longer doc"):
+        HeldOut(path, LENGTH, 0, within_documents=True).score(loss_within, ALONE, 4)
+
+
+@pytest.mark.parametrize("within_documents", [False, True])
+@pytest.mark.parametrize(
+    ("first", "stop", "targets"),
+    [(0, None, range(1, 161)), (3, 30, range(4, 28)), (144, None, range(145, 161)), (152, 161, range(153, 161))],
+)
+def test_a_range_of_a_corpus_is_held_out_text_too(documents, first, stop, targets, within_documents):
+    seen: list[int] = []
+
+    def score(tokens: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
+        seen.extend(tokens[:, 1:].flatten().tolist())
+        return loss_of(tokens) if starts is None else loss_within(tokens, starts)
+
+    found = HeldOut(documents, LENGTH, 0, within_documents, first, stop).score(score, ALONE, 4)
+    assert seen == list(targets)
+    counting = set(targets) - ({10, 13, 14, 15, *range(50, 81)} if within_documents else set())
+    assert found.num_tokens == len(counting)
+
+
+def test_a_range_without_a_window_is_a_fault_and_one_outside_an_error(documents):
+    with pytest.raises(Fault, match=r"documents holds 8 tokens, not one window of 9; hold out more text"):
+        HeldOut(documents, LENGTH, 0, first_token=153)
+    for first, stop in ((0, 162), (-1, 50), (50, 40)):
+        with pytest.raises(ValueError, match=rf"tokens {first}\.\.{stop} are not within the 161 of"):
+            HeldOut(documents, LENGTH, 0, first_token=first, stop_token=stop)
+
+
+def test_padding_is_no_text_and_has_no_bytes(tmp_path):
+    path = corpus_of_documents(tmp_path / "padded", [[60] + [1] * 20], num_bytes=240, num_padding=20)
+    assert bits_per_byte(4 * math.log(2), Corpus.open(path)) == pytest.approx(1.0, rel=1e-12)

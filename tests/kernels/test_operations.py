@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpt_kernels import adamw, attention, cross_entropy, rms_norm, rotary, swiglu
+from cpt_kernels import Documents, adamw, attention, cross_entropy, gelu, layer_norm, rms_norm, rotary, swiglu
 
 # Largest error relative to the largest entry. bf16 keeps 8 bits: a handful of roundings on the way.
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -58,6 +58,101 @@ def test_attention_is_causal_softmax_over_grouped_heads(serving, groups, dtype):
     assert_same_with_gradients(serving, attention_by_hand, inputs, dtype)
 
 
+# Lengths of the documents in windows of 13.
+PACKED = {
+    "short and long": [4, 1, 8, 13],
+    "one token each": [1] * 13 + [6, 7],
+    "a window of padding": [13] + [1] * 13,
+    "the last alone": [12, 1, 1, 12],
+}
+
+
+def documents_of(lengths: list[int], num_windows: int = 2) -> Documents:
+    starts = torch.zeros(sum(lengths), dtype=torch.bool)
+    starts[torch.tensor([0, *lengths[:-1]]).cumsum(0)] = True
+    return Documents.from_starts(starts.view(num_windows, -1))
+
+
+def attention_document_by_document(lengths: list[int]):
+    def definition(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        parts = zip(*(tensor.flatten(0, 1).split(lengths) for tensor in (queries, keys, values)), strict=True)
+        alone = [attention_by_hand(*(tensor[None] for tensor in part))[0] for part in parts]
+        return torch.cat(alone).view(queries.shape)
+
+    return definition
+
+
+@pytest.fixture(params=["as measured", "always", "never"])
+def parting(request, monkeypatch):
+    """When documents are computed one after the other: at these sizes seldom, unless it costs nothing."""
+    if request.param != "as measured":
+        cost = -1 if request.param == "always" else 2**40
+        monkeypatch.setattr(attention, "_SCORES_IN_THE_TIME_OF_A_CALL", cost)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [6, 2])
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("serving", [attention.plain, attention.fused, attention.by_length])
+def test_attention_within_documents_is_that_of_each_alone(serving, packed, groups, dtype, parting):
+    documents, definition = documents_of(PACKED[packed]), attention_document_by_document(PACKED[packed])
+    inputs = [random(2, 13, 6, 10, seed=1), random(2, 13, groups, 10, seed=2), random(2, 13, groups, 10, seed=3)]
+    assert_same_with_gradients(lambda q, k, v: serving(q, k, v, documents), definition, inputs, dtype)
+
+
+@pytest.mark.parametrize("serving", [attention.plain, attention.fused, attention.by_length])
+def test_attention_within_documents_takes_inputs_that_are_not_contiguous(serving, parting):
+    lengths = PACKED["short and long"]
+    documents, definition = documents_of(lengths), attention_document_by_document(lengths)
+    inputs = [random(2, 6, 13, 10, seed=seed) for seed in (1, 2, 3)]
+    assert_same_with_gradients(
+        lambda *x: serving(*(tensor.transpose(1, 2) for tensor in x), documents),
+        lambda *x: definition(*(tensor.transpose(1, 2) for tensor in x)),
+        inputs,
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("serving", [attention.plain, attention.fused, attention.by_length])
+def test_attention_in_windows_of_one_document_has_the_same_bits_as_without(serving, dtype):
+    results = []
+    for documents in (None, documents_of([300, 300])):
+        inputs = [random(2, 300, 4, 8, seed=seed, dtype=dtype).requires_grad_() for seed in (1, 2, 3)]
+        mixed = serving(*inputs, documents)
+        mixed.backward(random(2, 300, 4, 8, seed=4, dtype=dtype))
+        results.append([mixed, *(tensor.grad for tensor in inputs)])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*results, strict=True))
+
+
+def test_windows_of_one_document_need_no_mask():
+    documents = documents_of([300, 300])
+    attention.fused(*(random(2, 300, 4, 8, seed=seed) for seed in (1, 2, 3)), documents)
+    assert "is_visible" not in vars(documents)
+
+
+def test_no_more_scores_are_made_than_the_squares_of_the_documents(monkeypatch):
+    made = []
+    scaled = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(queries, keys, values, **named):
+        made.append(queries.shape[0] * queries.shape[2] * keys.shape[2])
+        return scaled(queries, keys, values, **named)
+
+    monkeypatch.setattr(attention.functional, "scaled_dot_product_attention", watched)
+    lengths = [100, 300, 112] + [1] * 512
+    inputs = [random(2, 512, 4, 8, seed=seed, dtype=torch.float32) for seed in (1, 2, 3)]
+    attention.fused(*inputs, documents_of(lengths))
+    # All documents of one token together.
+    assert made == [100**2, 300**2, 112**2, 512]
+
+
+def test_many_short_documents_in_short_windows_take_one_call(monkeypatch):
+    monkeypatch.setattr(attention, "_part_by_part", None)
+    inputs = [random(2, 13, 4, 8, seed=seed, dtype=torch.float32) for seed in (1, 2, 3)]
+    assert attention.fused(*inputs, documents_of(PACKED["short and long"])).shape == (2, 13, 4, 8)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("serving", rms_norm.TWINS.values())
 def test_rms_norm_divides_by_the_root_mean_square(serving, dtype):
@@ -77,6 +172,45 @@ def test_rms_norm_of_large_bf16_does_not_overflow_or_round_on_the_way(serving):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("serving", layer_norm.TWINS.values())
+def test_layer_norm_takes_off_the_mean_and_divides_by_the_deviation(serving, dtype):
+    def by_hand(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        centred = hidden - hidden.mean(-1, keepdim=True)
+        return centred / ((centred**2).mean(-1, keepdim=True) + 0.1) ** 0.5 * weight + bias
+
+    inputs = [random(3, 5, 37, seed=4) + 2, random(37, seed=5), random(37, seed=6)]
+    assert_same_with_gradients(lambda x, w, b: serving(x, w, b, 0.1), by_hand, inputs, dtype)
+
+
+@pytest.mark.parametrize("serving", layer_norm.TWINS.values())
+def test_layer_norm_of_bf16_far_from_zero_does_not_round_on_the_way(serving):
+    hidden = (random(4, 333, seed=6) + 50).to(torch.bfloat16)
+    weight, bias = torch.ones(333, dtype=torch.bfloat16), torch.zeros(333, dtype=torch.bfloat16)
+    centred = hidden.double() - hidden.double().mean(-1, keepdim=True)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert (serving(hidden, weight, bias, 1e-5).double() - expected).abs().max() < 2**-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_tanh", [False, True])
+@pytest.mark.parametrize("serving", gelu.TWINS.values())
+def test_gelu_is_exact_or_by_tanh_as_asked(serving, is_tanh, dtype):
+    def exact(hidden: Tensor) -> Tensor:
+        return hidden * torch.special.ndtr(hidden)
+
+    def by_tanh(hidden: Tensor) -> Tensor:
+        return hidden * torch.sigmoid((8 / torch.pi) ** 0.5 * (hidden + 0.044715 * hidden**3))
+
+    definition = by_tanh if is_tanh else exact
+    assert_same_with_gradients(lambda x: serving(x, is_tanh), definition, [random(3, 7, 19, seed=9) * 2], dtype)
+
+
+def test_the_two_gelus_are_told_apart():
+    hidden = torch.linspace(-4, 4, 801, dtype=torch.float64)
+    assert 2e-4 < (gelu.plain(hidden) - gelu.plain(hidden, is_tanh=True)).abs().max() < 5e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("serving", rotary.TWINS.values())
 def test_rotary_multiplies_pairs_by_unit_complex_numbers(serving, dtype):
     def by_hand(queries: Tensor, keys: Tensor) -> Tensor:
@@ -89,13 +223,38 @@ def test_rotary_multiplies_pairs_by_unit_complex_numbers(serving, dtype):
             results.append(torch.cat((turned.real, turned.imag), dim=-1))
         return torch.cat(results, dim=2)
 
-    angles = rotary.table(11, 10, 500.0, torch.device("cpu"))
+    angles = rotary.table(11, rotary.frequencies(10, 500.0, torch.device("cpu")))
     inputs = [random(2, 11, 4, 10, seed=7), random(2, 11, 2, 10, seed=8)]
     assert_same_with_gradients(lambda q, k: torch.cat(serving(q, k, angles), dim=2), by_hand, inputs, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("serving", rotary.TWINS.values())
+def test_rotary_turns_each_window_by_its_own_positions(serving, dtype):
+    angles = rotary.table(11, rotary.frequencies(10, 500.0, torch.device("cpu")))
+    queries, keys = random(2, 11, 4, 10, seed=7, dtype=dtype), random(2, 11, 2, 10, seed=8, dtype=dtype)
+    positions = documents_of([4, 7, 11]).positions
+    got = serving(queries, keys, angles[:, positions])
+    for window, parts in enumerate([[(0, 4), (4, 11)], [(0, 11)]]):
+        for first, stop in parts:
+            here = slice(window, window + 1), slice(first, stop)
+            alone = serving(queries[here], keys[here], angles[:, : stop - first])
+            assert all(torch.equal(mine[here], theirs) for mine, theirs in zip(got, alone, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("serving", rotary.TWINS.values())
+def test_rotary_with_fewer_angles_leaves_the_rest_of_a_head_as_it_is(serving, dtype):
+    angles = rotary.table(11, rotary.frequencies(6, 500.0, torch.device("cpu")))
+    queries, keys = random(2, 11, 4, 10, seed=7, dtype=dtype), random(2, 11, 2, 10, seed=8, dtype=dtype)
+    alone = serving(queries[..., :6], keys[..., :6], angles)
+    for vectors, turned, first in zip((queries, keys), serving(queries, keys, angles), alone, strict=True):
+        assert torch.equal(turned[..., 6:], vectors[..., 6:])
+        assert torch.equal(turned[..., :6], first)
+
+
 def test_rotary_angles_are_exact_to_fp32_far_into_the_sequence():
-    angles = rotary.table(4001, 64, 10000.0, torch.device("cpu"))
+    angles = rotary.table(4001, rotary.frequencies(64, 10000.0, torch.device("cpu")))
     exact = 4000 * 10000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
     assert angles.dtype is torch.float32
     # 4000 radians in fp32 are exact to 2^-13; bf16 frequencies would be off by whole turns.

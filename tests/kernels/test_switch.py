@@ -8,7 +8,7 @@ import torch
 from cpt_kernels import Settings, attention, choose, cross_entropy, rms_norm
 
 CPU = torch.device("cpu")
-OPERATIONS = {"attention", "rms_norm", "rotary", "swiglu", "cross_entropy", "adamw"}
+OPERATIONS = {"attention", "rms_norm", "layer_norm", "rotary", "swiglu", "gelu", "cross_entropy", "adamw"}
 
 
 def test_every_operation_is_served_and_told():
