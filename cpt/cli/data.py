@@ -1,4 +1,4 @@
-"""Text to corpora: train a tokenizer, build a corpus, look into it, verify it.
+"""Text to corpora: train a tokenizer, build a corpus, pack it, look into it, verify it.
 
 Text comes as .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow or .txt files, as folders and globs of them, or as jsonl
 on standard input (named -). A build that was stopped or killed goes on when the same command is given again.
@@ -11,7 +11,9 @@ from collections.abc import Callable
 
 from cpt.data.prepare.build import build_corpus
 from cpt.data.prepare.build_report import BuildReport
-from cpt.data.prepare.inspect import Inspection, inspect_corpus
+from cpt.data.prepare.inspect import Inspection, SampleText, inspect_corpus
+from cpt.data.prepare.pack import pack_corpus
+from cpt.data.prepare.tokenizers import ENGINES
 from cpt.data.prepare.train_tokenizer import TRAINERS, train_tokenizer
 from cpt.data.prepare.verify import verify_corpus
 
@@ -19,10 +21,11 @@ EXAMPLE = "cpt data build articles/*.jsonl.gz --tokenizer tokenizer/ --output da
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the four subcommands."""
+    """Adds the subcommands."""
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
     _add_tokenizer(commands)
     _add_build(commands)
+    _add_pack(commands)
     _add_inspect(commands)
     _add_verify(commands)
 
@@ -108,13 +111,42 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--no-append-eos", action="store_true", help="put no end-of-document token after documents")
     parser.add_argument("--prepend-bos", action="store_true", help="put a beginning-of-document token before documents")
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="auto",
+        help="what tokenizes: the fastest that gives the same ids, or the package tokenizers (default: auto)",
+    )
+
+
+def _add_pack(commands: argparse._SubParsersAction) -> None:
+    example = "cpt data pack data/articles --sequence-length 2048 --output data/articles-packed"
+    parser = _add_command(
+        commands, "pack", "pack whole documents of a corpus into windows of one length", example, _pack
+    )
+    parser.add_argument("corpus", metavar="CORPUS", help="a corpus that cpt data build made")
+    parser.add_argument("--sequence-length", required=True, type=int, metavar="S", help="that of the run to come")
+    parser.add_argument("--output", required=True, metavar="PACKED", help="folder to write, new or empty")
+    parser.add_argument("--seed", type=int, default=0, help="draws the order of the packed windows (default: 0)")
+
+
+def _add_corpus(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "corpus",
+        metavar="CORPUS|PREFIX|FILES",
+        help="a corpus, PREFIX of PREFIX.bin and PREFIX.idx or of split .bin parts, or raw files: PATH.ds, "
+        "PATH.npy:uint16, with :end=ID behind for the token that ends a document",
+    )
 
 
 def _add_inspect(commands: argparse._SubParsersAction) -> None:
     parser = _add_command(
         commands, "inspect", "show counts and sample texts of a corpus", "cpt data inspect data/articles", _inspect
     )
-    parser.add_argument("corpus", metavar="CORPUS|PREFIX", help="a corpus, or PREFIX of PREFIX.bin and PREFIX.idx")
+    _add_corpus(parser)
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="of files that do not bring their own, for rates and sample texts"
+    )
 
 
 def _add_verify(commands: argparse._SubParsersAction) -> None:
@@ -125,7 +157,10 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
         "cpt data verify data/articles",
         _verify,
     )
-    parser.add_argument("corpus", metavar="CORPUS|PREFIX", help="a corpus, or PREFIX of PREFIX.bin and PREFIX.idx")
+    _add_corpus(parser)
+    parser.add_argument(
+        "--vocabulary", type=int, metavar="N", help="no token id may reach this (default: what the manifest says)"
+    )
 
 
 def _share(text: str) -> float:
@@ -170,6 +205,7 @@ def _build(arguments: argparse.Namespace) -> int:
         domain_key=arguments.domain_key,
         on_error=arguments.on_error,
         restart=arguments.restart,
+        engine=arguments.engine,
         progress=True,
     )
     for built in filter(None, (report, report.held_out)):
@@ -187,8 +223,24 @@ def _summary(report: BuildReport) -> str:
     )
 
 
+def _pack(arguments: argparse.Namespace) -> int:
+    report = pack_corpus(
+        arguments.corpus, arguments.sequence_length, arguments.output, seed=arguments.seed, progress=True
+    )
+    length, count = f"{report.sequence_length:,}", report.num_documents
+    print(
+        f"packed {report.path}: {report.num_bins:,} bins of {length} tokens, "
+        f"{report.num_padding / report.num_tokens:.2%} padding"
+    )
+    print(
+        f"documents cut: {report.num_cut:,} of {count:,} ({report.num_cut / count:.2%}), each longer than a bin; "
+        f"unpacked, windows of {length} tokens cut {report.num_cut_unpacked:,} ({report.num_cut_unpacked / count:.2%})"
+    )
+    return 0
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
-    print("\n".join(_described(inspect_corpus(arguments.corpus))))
+    print("\n".join(_described(inspect_corpus(arguments.corpus, tokenizer=arguments.tokenizer))))
     return 0
 
 
@@ -199,30 +251,39 @@ def _described(inspection: Inspection) -> list[str]:
     if inspection.num_bytes is not None:
         per_token = f", {inspection.bytes_per_token:.2f} bytes a token" if inspection.num_tokens else ""
         lines.append(f"text: {_size(inspection.num_bytes)}{per_token}")
+    if inspection.packed_length:
+        padding = inspection.num_padding / inspection.num_tokens
+        lines.append(f"packed into bins of {inspection.packed_length:,} tokens, {padding:.2%} padding, each a document")
     percentiles = ", ".join(f"{percent} % {length:,}" for percent, length in inspection.length_percentiles.items())
     lines.append(f"tokens a document, by percentile: {percentiles}")
-    rates = {"unknown tokens": inspection.unknown_rate, "ends of documents": inspection.end_rate}
-    known_rates = [f"{name} {rate:.4%}" for name, rate in rates.items() if rate is not None]
-    if known_rates:
-        lines.append(f"of {inspection.sampled_tokens:,} tokens looked at: {', '.join(known_rates)}")
-    if inspection.vocabulary_size is None:
-        lines.append("no manifest: the tokenizer is not known, so no sample texts")
+    rates = _rates(inspection, "ends of documents", inspection.end_rate)
+    if rates:
+        lines.append(f"of {inspection.sampled_tokens:,} tokens looked at: {rates}")
+    if inspection.vocabulary_size is None and not inspection.samples:
+        lines.append("no manifest: the tokenizer is not known, so no sample texts; name one with --tokenizer")
     for sample in inspection.samples:
         ending = "[end of document]" if sample.has_end else "[no end of document]"
         lines += [
             "",
-            f"--- document {sample.document:,}, {sample.num_tokens:,} tokens ---",
+            ", ".join(filter(None, (f"--- document {sample.document:,}, {sample.num_tokens:,} tokens", _rates(sample))))
+            + " ---",
             sample.text + (ending if sample.is_whole else f" ... {ending}"),
         ]
     return lines
 
 
+def _rates(found: Inspection | SampleText, more: str = "", more_rate: float | None = None) -> str:
+    rates = {"unknown tokens": found.unknown_rate, "byte-fallback tokens": found.byte_rate, more: more_rate}
+    return ", ".join(f"{name} {rate:.4%}" for name, rate in rates.items() if rate is not None)
+
+
 def _verify(arguments: argparse.Namespace) -> int:
-    damage = verify_corpus(arguments.corpus)
-    for line in damage:
+    found = verify_corpus(arguments.corpus, arguments.vocabulary)
+    damage = found.damage
+    for line in (*found.facts, *damage):
         print(line)
-    found = f"{len(damage)} {'fault' if len(damage) == 1 else 'faults'} found" if damage else "no damage found"
-    print(f"{arguments.corpus}: {found}")
+    summary = f"{len(damage)} {'fault' if len(damage) == 1 else 'faults'} found" if damage else "no damage found"
+    print(f"{arguments.corpus}: {summary}")
     return 1 if damage else 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import filecmp
+import functools
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from cpt.config import Fault
 from cpt.data.corpus import Corpus
 from cpt.data.prepare import build as building
-from cpt.data.prepare import build_progress, encoding
+from cpt.data.prepare import build_progress, checked_encoder, encoding
 from cpt.data.prepare.build import build_corpus
 from cpt.data.prepare.tokenizers import Tokenizer
 
@@ -251,11 +252,36 @@ def test_a_tokenizer_without_the_ids_asked_for_is_refused(tmp_path, options, mes
         build_corpus([path], write_tokenizer(tmp_path / "t"), tmp_path / "c", **options)
 
 
+class EngineWithAFault:
+    """Gives the ids of the tokenizers library, but wrong ones for a text with a z."""
+
+    def __init__(self, reference: tokenizers.Tokenizer) -> None:
+        self._reference = reference
+
+    def encode(self, text: str) -> np.ndarray:
+        ids = np.array(self._reference.encode(text).ids, dtype=np.int32)
+        return ids[::-1] if "z" in text else ids
+
+
+def test_the_fast_engine_is_checked_on_every_input_file(tmp_path, tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr(checked_encoder, "VERIFIED_CHARACTERS", 4)
+    monkeypatch.setattr(checked_encoder, "VERIFIED_OF_EACH_INPUT", 8)
+    monkeypatch.setattr(checked_encoder, "text_of_traps", lambda added: "no traps")
+    build_engine = functools.partial(checked_encoder.CheckedEncoder, build_engine=EngineWithAFault)
+    monkeypatch.setattr("cpt.data.prepare.tokenizers.CheckedEncoder", build_engine)
+    first = write_jsonl(tmp_path / "a.jsonl", ["a text without it"] * 3)
+    second = write_jsonl(tmp_path / "b.jsonl", ["a fizz", "a buzz"])
+    build_corpus([first, second], tokenizer, tmp_path / "c")
+    assert texts_in(tmp_path / "c", tokenizer) == ["a text without it"] * 3 + ["a fizz", "a buzz"]
+    assert "tiktoken gives other ids than tokenizers at character 0 of the text 'a fizz'" in caplog.text
+
+
 def test_a_worker_that_dies_is_told(tmp_path, tokenizer, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", ["one"])
     # What the worker is given to do ends it at once, as the kernel does for want of memory.
-    monkeypatch.setattr(encoding, "_encode_in_worker", os._exit)
-    monkeypatch.setattr(building, "_batches", lambda *_: iter([SimpleNamespace(texts=1)]))
+    monkeypatch.setattr(encoding, "_encode_in_worker", eval)
+    deadly = SimpleNamespace(texts="__import__('os')._exit(1)", inputs={})
+    monkeypatch.setattr(building, "_batches", lambda *_: iter([deadly]))
     with pytest.raises(Fault, match="one of 2 worker processes died, most often for want of memory; use fewer --work"):
         build_corpus([path], tokenizer, tmp_path / "c", workers=2)
     assert list(tmp_path.iterdir()) == [path]
@@ -269,7 +295,7 @@ from types import SimpleNamespace
 from cpt.data.prepare.encoding import Recipe, encode_batches
 recipe = Recipe({str(tokenizer)!r}, None, None, 0.0)
 def batches():
-    yield from [SimpleNamespace(texts=["a"])] * 6
+    yield from [SimpleNamespace(texts=["a"], inputs=[0])] * 6
     time.sleep(60)
 encoded = encode_batches(batches(), recipe, 2)
 next(encoded)

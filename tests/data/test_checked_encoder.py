@@ -12,15 +12,9 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from cpt.data.prepare import checked_encoder
 from cpt.data.prepare.checked_encoder import CheckedEncoder
-from cpt.data.prepare.fast_bpe import NotServed
 from cpt.data.prepare.tokenizers import Tokenizer
 
 TEXT = "the cat sat on the mat and the dog ran home"
-
-
-@pytest.fixture(autouse=True)
-def nothing_told():
-    checked_encoder._tell.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +54,10 @@ def test_a_wrong_engine_is_caught_at_its_position_and_replaced_for_good(referenc
     planted = PlantedEngine(reference, "zebra", is_shorter)
     encoder = CheckedEncoder(reference, lambda _: planted)
     assert encoder.engine == "tiktoken"
+    assert encoder.description == (
+        "the package tiktoken, held against tokenizers on the first 200,000 characters and on 10,000 of every input "
+        "file"
+    )
     for text in (TEXT, f"{TEXT} zebra", TEXT):
         assert encoder.encode(text).tolist() == reference.encode(text).ids
     assert encoder.engine == "tokenizers"
@@ -88,37 +86,68 @@ def test_after_the_first_texts_only_the_fast_engine_encodes(reference, monkeypat
     assert encoder.encode("a zebra?").tolist() == reference.encode("a zebra?").ids
 
 
-def test_without_tiktoken_the_library_serves_and_the_log_says_once_how_to_get_it(reference, caplog, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tiktoken", None)
-    caplog.set_level(logging.INFO)
-    for _ in range(2):
-        encoder = CheckedEncoder(reference)
+def test_a_long_text_that_the_fast_engine_leaves_to_the_library_is_encoded(reference, monkeypatch):
+    monkeypatch.setattr(checked_encoder, "VERIFIED_CHARACTERS", 5)
+    encoder = CheckedEncoder(reference, lambda _: PlantedEngine(reference, "zebra"))
+    text = f"why? {TEXT} why?"
+    assert encoder.encode(text).tolist() == reference.encode(text).ids
+
+
+def test_every_input_is_checked_anew(reference, monkeypatch, caplog):
+    monkeypatch.setattr(checked_encoder, "VERIFIED_CHARACTERS", 1)
+    monkeypatch.setattr(checked_encoder, "VERIFIED_OF_EACH_INPUT", len(TEXT) + 10)
+    encoder = CheckedEncoder(reference, lambda _: PlantedEngine(reference, "zebra"))
+    for number in range(3):
+        encoder.begin_input()
+        encoder.encode(TEXT)
+        zebra = f"zebra {number}"
+        # The second text of an input ends the sample.
+        assert encoder.encode(zebra).tolist() == reference.encode(zebra).ids
         assert encoder.engine == "tokenizers"
-        assert encoder.encode(TEXT).tolist() == reference.encode(TEXT).ids
-    assert [record.getMessage() for record in caplog.records] == [
-        "tokenizing with the package tokenizers; tiktoken is faster, but it is not installed; "
-        "pip install 'cpt-trainer[fast]' adds it"
-    ]
+    assert caplog.text.count("serves from here on") == 1
 
 
-def test_the_log_says_why_a_tokenizer_is_not_served(reference, caplog):
-    def refuse(_: tokenizers.Tokenizer) -> None:
-        raise NotServed("it marks the parts of words")
+def test_of_a_long_text_only_the_beginning_is_encoded_by_both(reference, monkeypatch):
+    monkeypatch.setattr(checked_encoder, "VERIFIED_CHARACTERS", 50)
+    asked = []
 
-    caplog.set_level(logging.INFO)
-    assert CheckedEncoder(reference, refuse).engine == "tokenizers"
-    assert "tokenizing with the package tokenizers; tiktoken is faster, but it marks the parts of words" in caplog.text
+    class Recording:
+        def __getattr__(self, name):
+            return getattr(reference, name)
+
+        def encode(self, text, **options):
+            asked.append(len(text))
+            return reference.encode(text, **options)
+
+    encoder = CheckedEncoder(Recording(), lambda _: PlantedEngine(reference, "zebra"))
+    asked.clear()
+    text = " ".join([TEXT] * 20)
+    assert encoder.encode(text).tolist() == reference.encode(text).ids
+    assert max(asked) == 50
 
 
-def test_the_log_says_that_the_fast_engine_serves(reference, caplog):
-    caplog.set_level(logging.INFO)
-    CheckedEncoder(reference, lambda _: PlantedEngine(reference, "zebra"))
-    assert "tokenizing with the package tiktoken, held against tokenizers on the first 200,000 char" in caplog.text
+def test_without_tiktoken_the_library_serves_and_says_how_to_get_it(reference, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    encoder = CheckedEncoder(reference)
+    assert encoder.engine == "tokenizers"
+    assert encoder.encode(TEXT).tolist() == reference.encode(TEXT).ids
+    assert encoder.description == (
+        "the package tokenizers; tiktoken is faster, but it is not installed; pip install 'cpt-trainer[fast]' adds it"
+    )
+
+
+def test_nobody_is_told_to_install_tiktoken_for_a_tokenizer_that_it_cannot_serve(reference, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    other = tokenizers.Tokenizer.from_str(reference.to_str())
+    other.pre_tokenizer = pre_tokenizers.Metaspace()
+    assert CheckedEncoder(other).description == (
+        "the package tokenizers; tiktoken is faster, but its way to cut text into words is none of those known here"
+    )
 
 
 def test_a_tokenizer_tells_its_engine(reference, tmp_path):
     reference.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer.open(tmp_path)
-    assert tokenizer.engine in ("tiktoken", "tokenizers")
+    assert tokenizer.engine.startswith("the package t")
     assert tokenizer.encode(TEXT).dtype == np.int32
     assert tokenizer.encode(TEXT).tolist() == reference.encode(TEXT).ids

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import logging
 import re
 
 import pytest
@@ -49,7 +50,13 @@ def test_text_goes_to_a_verified_corpus_in_three_commands(tmp_path, text, capsys
         f"{num_bytes / num_tokens:.2f} bytes a token\n"
     )
     assert run("verify", tmp_path / "c") == 0
-    assert capsys.readouterr().out == f"{tmp_path}/c: no damage found\n"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"{num_tokens:,} tokens in 60 documents, 0 of them empty"
+    assert lines[3:] == [
+        "documents that end in token 2, the end of a document: 100.00%",
+        f"tokenizer of the manifest: {Corpus.open(tmp_path / 'c').tokenizer_hash}",
+        f"{tmp_path}/c: no damage found",
+    ]
 
 
 def test_a_sampled_text_is_told_as_such(tmp_path, text, monkeypatch, capsys):
@@ -97,8 +104,8 @@ def test_inspect_shows_counts_and_texts(tmp_path, text, tokenizer, capsys):
     assert out.startswith("c: 60 documents, ")
     assert "tokens in 1 shard of uint16" in out
     assert "tokens a document, by percentile: 0 % " in out
-    assert "unknown tokens 0.0000%, ends of documents " in out
-    assert "--- document 0, " in out
+    assert re.search(r"looked at: unknown tokens 0\.0000%, byte-fallback tokens \d+\.\d{4}%, ends of documents ", out)
+    assert re.search(r"--- document 0, \d+ tokens, unknown tokens 0\.0000%, byte-fallback tokens \d+\.\d{4}% ---", out)
     assert "0 the cat sat on the mat[end of document]" in out
 
 
@@ -106,7 +113,44 @@ def test_inspect_of_a_bare_prefix_says_why_it_shows_no_texts(tmp_path, text, tok
     run("build", text, "--tokenizer", tokenizer, "--output", tmp_path / "c", "--text-key", "body")
     capsys.readouterr()
     assert run("inspect", tmp_path / "c" / "shard-00000") == 0
-    assert "no manifest: the tokenizer is not known, so no sample texts" in capsys.readouterr().out
+    assert (
+        "no manifest: the tokenizer is not known, so no sample texts; name one with --tokenizer"
+        in capsys.readouterr().out
+    )
+    assert run("inspect", tmp_path / "c" / "shard-00000", "--tokenizer", tokenizer) == 0
+    assert "0 the cat sat on the mat" in capsys.readouterr().out
+    assert run("verify", tmp_path / "c" / "shard-00000", "--vocabulary", 3) == 1
+    assert "outside the vocabulary of 3" in capsys.readouterr().out
+
+
+def test_pack_tells_bins_padding_and_what_is_cut(tmp_path, text, tokenizer, capsys):
+    run("build", text, "--tokenizer", tokenizer, "--output", tmp_path / "c", "--text-key", "body")
+    capsys.readouterr()
+    assert run("pack", tmp_path / "c", "--sequence-length", 40, "--output", tmp_path / "p", "--seed", 3) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    corpus = Corpus.open(tmp_path / "p")
+    assert (
+        first == f"packed {tmp_path}/p: {corpus.num_windows(40)} bins of 40 tokens, "
+        f"{corpus.num_padding / corpus.num_tokens:.2%} padding"
+    )
+    assert re.fullmatch(
+        r"documents cut: 0 of 60 \(0\.00%\), each longer than a bin; "
+        r"unpacked, windows of 40 tokens cut \d+ \(\d+\.\d\d%\)",
+        second,
+    )
+    run("inspect", tmp_path / "p")
+    assert "packed into bins of 40 tokens, " in capsys.readouterr().out
+
+
+def test_the_engine_can_be_forced_and_the_one_that_serves_is_told_once(tmp_path, text, tokenizer, caplog):
+    caplog.set_level(logging.INFO)
+    for engine in ("auto", "huggingface"):
+        words = ("--tokenizer", tokenizer, "--output", tmp_path / engine, "--text-key", "body", "--engine", engine)
+        assert run("build", text, *words) == 0
+    told = [message for message in caplog.messages if "tokenizing with" in message]
+    assert len(told) == 2
+    assert told[1] == "tokenizing with the package tokenizers; tiktoken is faster, but it was not asked for"
+    assert (tmp_path / "auto" / "corpus.json").read_bytes() == (tmp_path / "huggingface" / "corpus.json").read_bytes()
 
 
 def test_verify_lists_damage_and_ends_with_1(tmp_path, text, tokenizer, capsys):
@@ -114,7 +158,7 @@ def test_verify_lists_damage_and_ends_with_1(tmp_path, text, tokenizer, capsys):
     capsys.readouterr()
     (tmp_path / "c" / "shard-00000.bin").unlink()
     assert run("verify", tmp_path / "c") == 1
-    damage, summary = capsys.readouterr().out.splitlines()
+    *_, damage, summary = capsys.readouterr().out.splitlines()
     assert "shard-00000.bin is missing" in damage
     assert summary == f"{tmp_path}/c: 1 fault found"
 
@@ -134,7 +178,7 @@ def test_a_share_that_is_none_is_refused_with_an_example(tmp_path, share, capsys
     assert f"'{share}' is no share of documents; write 5% or 0.05" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["tokenizer", "build", "inspect", "verify"])
+@pytest.mark.parametrize("command", ["tokenizer", "build", "pack", "inspect", "verify"])
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as ended:
         run(command, "--help")

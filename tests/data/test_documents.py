@@ -1,62 +1,25 @@
-"""Documents come out of every kind of input in order, and bad input is told with file and line or counted."""
+"""Documents come out of every kind of input in order, and inputs that cannot be read are told."""
 
 from __future__ import annotations
 
 import gzip
 import io
 import json
-import logging
 import os
-import random
+import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
-import zstandard
+from cpt_harness.inputs import TEXTS, incompressible, lines_of, table, texts_of, write_kind
 
 from cpt.config import Fault
 from cpt.data.prepare import table_readers
 from cpt.data.prepare.document import Position
 from cpt.data.prepare.documents import read_documents
-
-TEXTS = ["first", "second\nline", "third ü 漢字 😀"]
-
-
-def lines_of(texts, **more) -> bytes:
-    return b"".join(json.dumps({"text": text, **more}, ensure_ascii=False).encode() + b"\n" for text in texts)
-
-
-def texts_of(inputs, **options) -> list[str]:
-    return [document.text for document in read_documents([str(given) for given in inputs], **options)]
-
-
-def table(texts=TEXTS) -> pa.Table:
-    numbers = list(range(len(texts)))
-    return pa.table({"number": numbers, "text": texts, "id": [f"doc-{number}" for number in numbers]})
-
-
-def write_kind(path: Path, texts=TEXTS) -> None:
-    """Writes the texts as a file of the kind that its ending tells."""
-    if path.name.endswith(".gz"):
-        # Two members one after the other, as parallel compressors and `cat` write them.
-        path.write_bytes(gzip.compress(lines_of(texts[:1])) + gzip.compress(lines_of(texts[1:])))
-    elif path.name.endswith(".zst"):
-        compress = zstandard.ZstdCompressor().compress
-        path.write_bytes(compress(lines_of(texts[:1])) + compress(lines_of(texts[1:])))
-    elif path.suffix == ".parquet":
-        pa.parquet.write_table(table(texts), path, row_group_size=2)
-    elif path.name.endswith(".stream.arrow"):
-        with pa.ipc.new_stream(path, table().schema) as writer:
-            writer.write_table(table(texts), max_chunksize=2)
-    elif path.suffix == ".arrow":
-        with pa.ipc.new_file(path, table().schema) as writer:
-            writer.write_table(table(texts), max_chunksize=2)
-    else:
-        path.write_bytes(lines_of(texts))
 
 
 @pytest.mark.parametrize(
@@ -129,88 +92,6 @@ def test_empty_documents_are_left_out_and_counted(tmp_path):
     skipped = Counter()
     assert texts_of([tmp_path / "a.jsonl", tmp_path / "b.parquet"], skipped=skipped) == ["x", "y"]
     assert skipped == {"empty document": 4}
-
-
-BAD_LINES = [
-    (b'{"text": "cut\n', "broken JSON", r"a\.jsonl:2: broken JSON \(.*\); mend the line, or .* --on-error skip"),
-    (b"[" * 100_000 + b"\n", "broken JSON", r"a\.jsonl:2: broken JSON"),
-    (b'["text"]\n', "broken JSON", r"a\.jsonl:2 holds a list, not an object"),
-    (b'{"txt": "x", "n": 1}\n', "no text under the key", r'a\.jsonl:2 has no key "text" \(did you mean txt\?\); name'),
-    (b'{"n": 1, "q": 2}\n', "no text under the key", r'has no key "text" \(known: n, q\); name .*\(--text-key'),
-    (b"{}\n", "no text under the key", r'has no key "text" \(it has no keys\)'),
-    (b'{"text": 7}\n', "no text under the key", r'a\.jsonl:2: "text" holds a int, not a string'),
-    (b'{"text": "\xff"}\n', "invalid UTF-8", r"a\.jsonl:2: invalid UTF-8 \(byte 0xff at position 10\); write the file"),
-    (b'{"text": "x\\ud800"}\n', "invalid UTF-8", r"a\.jsonl:2: invalid UTF-8 \(half a surrogate pair at character 1"),
-]
-
-
-@pytest.mark.parametrize(("line", "cause", "message"), BAD_LINES, ids=range(len(BAD_LINES)))
-def test_a_bad_line_stops_with_file_and_line(tmp_path, line, cause, message):
-    (tmp_path / "a.jsonl").write_bytes(lines_of(["good"]) + line + lines_of(["too"]))
-    reading = read_documents([str(tmp_path / "a.jsonl")])
-    assert next(reading).text == "good"
-    with pytest.raises(Fault, match=message):
-        next(reading)
-
-
-@pytest.mark.parametrize(("line", "cause", "message"), BAD_LINES, ids=range(len(BAD_LINES)))
-def test_a_bad_line_is_counted_when_skipped(tmp_path, line, cause, message, caplog):
-    (tmp_path / "a.jsonl").write_bytes(lines_of(["good"]) + line + line + lines_of(["too"]))
-    skipped = Counter()
-    with caplog.at_level(logging.WARNING):
-        assert texts_of([tmp_path / "a.jsonl"], on_error="skip", skipped=skipped) == ["good", "too"]
-    assert skipped == {cause: 2}
-    # The first is told in full, the rest as a count.
-    assert len(caplog.messages) == 2
-    assert "a.jsonl:2" in caplog.messages[0]
-    assert caplog.messages[1] == f"skipped in the input: 2 {cause}"
-
-
-def incompressible(count: int) -> list[str]:
-    generator = random.Random(0)
-    return [generator.randbytes(200).hex() for _ in range(count)]
-
-
-def cut(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: -len(content) // 3])
-
-
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow", "a.stream.arrow"])
-def test_a_truncated_file_stops_or_is_counted(tmp_path, name):
-    write_kind(tmp_path / name, incompressible(3000))
-    cut(tmp_path / name)
-    with pytest.raises(Fault, match=rf"cannot read .*{name} to its end: .*; mend or replace the file, or .*skip"):
-        texts_of([tmp_path / name])
-    skipped = Counter()
-    (tmp_path / "z.jsonl").write_bytes(lines_of(["after"]))
-    assert texts_of([tmp_path / name, tmp_path / "z.jsonl"], on_error="skip", skipped=skipped)[-1] == "after"
-    assert skipped == {"damaged file": 1}
-
-
-def test_a_changed_parquet_page_is_told(tmp_path):
-    pa.parquet.write_table(
-        table(incompressible(300)), tmp_path / "a.parquet", use_dictionary=False, write_page_checksum=True
-    )
-    content = bytearray((tmp_path / "a.parquet").read_bytes())
-    content[20_000] ^= 1
-    (tmp_path / "a.parquet").write_bytes(content)
-    with pytest.raises(Fault, match=r"cannot read .*a\.parquet to its end"):
-        texts_of([tmp_path / "a.parquet"])
-
-
-def test_invalid_utf8_in_a_column_names_the_row(tmp_path):
-    column = pa.array([b"fine", b"bad\xff", b"too"]).view(pa.string())
-    pa.parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
-    with pytest.raises(Fault, match=r"a\.parquet, row 2: invalid UTF-8 \(at position 3"):
-        texts_of([tmp_path / "a.parquet"])
-    assert texts_of([tmp_path / "a.parquet"], on_error="skip") == ["fine", "too"]
-
-
-def test_invalid_utf8_in_a_text_file_is_told(tmp_path):
-    (tmp_path / "a.txt").write_bytes("käse".encode("latin-1"))
-    with pytest.raises(Fault, match=r"a\.txt: invalid UTF-8 \(byte 0xe4 at position 1\)"):
-        texts_of([tmp_path / "a.txt"])
 
 
 @pytest.mark.parametrize(
@@ -287,6 +168,27 @@ def test_reading_can_begin_after_any_document(tmp_path, name, monkeypatch):
 def test_lines_before_the_start_are_not_looked_into(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"{broken\n" + lines_of(["good"]))
     assert texts_of([tmp_path / "a.jsonl"], start=Position(0, 1)) == ["good"]
+
+
+def test_reading_a_big_parquet_file_takes_little_memory(tmp_path):
+    with pa.parquet.ParquetWriter(tmp_path / "a.parquet", table().schema, compression="none") as writer:
+        for start in range(0, 120_000, 20_000):
+            texts = [f"{number:08d} " + "x" * 1200 for number in range(start, start + 20_000)]
+            writer.write_table(table(texts), row_group_size=60_000)
+    size = (tmp_path / "a.parquet").stat().st_size
+    assert size > 100_000_000
+    script = f"""
+import resource
+from cpt.data.prepare.documents import read_documents
+documents = read_documents([{str(tmp_path / "a.parquet")!r}])
+next(documents)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(sum(1 for _ in documents), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    count, grown_kib = map(int, ended.stdout.split())
+    assert count == 119_999
+    assert grown_kib * 1024 < size / 4
 
 
 def test_row_groups_before_the_start_are_not_read(tmp_path):

@@ -10,9 +10,12 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from cpt.config import Fault
+from cpt.data.corpus import Corpus
 from cpt.data.prepare import inspect as inspecting
 from cpt.data.prepare.build import build_corpus
 from cpt.data.prepare.inspect import inspect_corpus
+from cpt.data.prepare.pack import pack_corpus
 from cpt.data.shards import ShardWriter
 
 
@@ -62,6 +65,72 @@ def test_a_corpus_without_ends_shows_none(tmp_path, tokenizer):
     inspection = inspect_corpus(build(tmp_path, tokenizer, ["abc"], append_eos=False))
     assert inspection.end_rate is None
     assert [(sample.text, sample.has_end) for sample in inspection.samples] == [("abc", False)]
+
+
+def byte_fallback(folder: Path) -> Path:
+    """Tokens for a and b, a byte-fallback piece for every byte, and an end of document."""
+    pieces = {"a": 0, "b": 1, **{f"<0x{byte:02X}>": 2 + byte for byte in range(256)}}
+    made = tokenizers.Tokenizer(models.BPE(pieces, [], byte_fallback=True))
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    made.add_special_tokens(["</s>"])
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_byte_fallback_is_told_over_all_and_of_each_sample(tmp_path):
+    inspection = inspect_corpus(build(tmp_path, byte_fallback(tmp_path / "t"), ["ab", "aé", "漢"]))
+    assert inspection.byte_rate == pytest.approx(5 / 11)
+    assert [sample.byte_rate for sample in inspection.samples] == pytest.approx([0, 2 / 4, 3 / 4])
+    assert [sample.text for sample in inspection.samples] == ["ab", "aé", "漢"]
+
+
+def test_of_byte_level_tokens_those_that_are_no_character_are_told(tmp_path):
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.save(str(tmp_path / "tokenizer.json"))
+    inspection = inspect_corpus(build(tmp_path, tmp_path / "tokenizer.json", ["a é", "b c"], append_eos=False))
+    assert inspection.byte_rate == pytest.approx(2 / 7)
+    assert inspection.unknown_rate is None
+
+
+def test_a_tokenizer_without_tokens_for_bytes_has_no_rate_of_them(tmp_path, tokenizer):
+    inspection = inspect_corpus(build(tmp_path, tokenizer, ["abc"]))
+    assert inspection.byte_rate is None
+    assert inspection.samples[0].byte_rate is None
+    assert inspection.samples[0].unknown_rate == 0
+
+
+def test_raw_files_and_bare_prefixes_show_texts_with_a_tokenizer(tmp_path, tokenizer):
+    path = build(tmp_path, tokenizer, ["abc", "the fox?"])
+    tokens = np.fromfile(path / "shard-00000.bin", np.uint16)
+    tokens.tofile(tmp_path / "raw.npy")
+    end = Corpus.open(path).end_of_document
+    bare = inspect_corpus(path / "shard-00000", tokenizer=tokenizer)
+    raw = inspect_corpus(f"{tmp_path}/raw.npy:uint16:end={end}", tokenizer=tokenizer)
+    assert [sample.text for sample in raw.samples] == ["abc", "the fox<unk>"]
+    assert [sample.text for sample in bare.samples] == ["abc</s>", "the fox<unk></s>"]
+    assert (raw.num_documents, raw.end_rate) == (2, pytest.approx(2 / 13))
+    assert bare.unknown_rate == raw.unknown_rate == pytest.approx(1 / 13)
+
+
+def test_ids_that_are_not_the_tokenizers_are_told(tmp_path, tokenizer):
+    with ShardWriter(tmp_path / "web", 500) as writer:
+        writer.add_document(np.array([3, 499]))
+    message = r"web has token id 499, outside the vocabulary of 29 of .*tokenizer\.json; name the tokenizer that made"
+    with pytest.raises(Fault, match=message):
+        inspect_corpus(tmp_path / "web", tokenizer=tokenizer)
+
+
+def test_padding_of_a_packed_corpus_is_told_and_is_no_text(tmp_path, tokenizer):
+    pack_corpus(build(tmp_path, tokenizer, ["abc", "defgh"]), 8, tmp_path / "packed")
+    inspection = inspect_corpus(tmp_path / "packed")
+    assert (inspection.packed_length, inspection.num_tokens, inspection.num_padding) == (8, 17, 7)
+    assert inspection.bytes_per_token == pytest.approx(8 / 10)
+    assert inspection.length_percentiles == {0: 4, 10: 4, 50: 4, 90: 6, 99: 6, 100: 6}
+    assert {sample.text for sample in inspection.samples} == {"abc", "defgh"}
 
 
 def test_a_bare_prefix_shows_counts_only(tmp_path):

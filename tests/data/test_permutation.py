@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpt.data.permutation import Permutation
+from cpt.parallel.seeds import derive_seed
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 10, 97, 100, 101, 1024, 4095, 4096, 4097, 9973, 100003])
@@ -93,6 +94,68 @@ def test_consecutive_positions_of_a_large_order_look_random(size, key):
     assert chi_square < 255 + 5 * math.sqrt(2 * 255)
     gaps = np.sort(values)[1:] - np.sort(values)[:-1]
     assert gaps.max() * number < 40  # about ln(number) if random; a hole would be far wider
+
+
+def highest_chi_square(degrees: int) -> float:
+    """What chi-square exceeds by chance once in a million times (Wilson and Hilferty's approximation)."""
+    return degrees * (1 - 2 / (9 * degrees) + 4.753 * math.sqrt(2 / (9 * degrees))) ** 3
+
+
+def chi_square(cells: np.ndarray, num_cells: int) -> float:
+    """Of counts in so many cells, all expected alike."""
+    counts = np.bincount(cells, minlength=num_cells)
+    expected = len(cells) / num_cells
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+WHOLE = [(9973, 3), (2**14, 0), (65_537, 2**63), (100_003, 11), (1_000_003, 4)]
+
+
+@pytest.mark.parametrize(("size", "key"), WHOLE)
+def test_every_part_of_the_order_draws_from_every_part_of_the_things_alike(size, key):
+    positions = np.arange(size)
+    numbers = Permutation(size, key)(positions)
+    cells = positions * 16 // size * 16 + numbers * 16 // size
+    assert chi_square(cells, 256) < highest_chi_square(15 * 15)
+
+
+@pytest.mark.parametrize(("size", "key"), WHOLE)
+def test_things_are_displaced_by_any_distance_alike(size, key):
+    positions = np.arange(size)
+    distances = (Permutation(size, key)(positions) - positions) % size
+    assert chi_square(distances * 64 // size, 64) < highest_chi_square(63)
+
+
+@pytest.mark.parametrize("size", [10**6 + 3, 48_828_125, 10**12 + 39])
+@pytest.mark.parametrize("distance", [1, 2, 7, 1000])
+def test_what_stands_at_one_position_tells_nothing_of_another(size, distance):
+    positions = np.arange(2**17)
+    order = Permutation(size, 5)
+    one, other = order(positions), order(positions + distance)
+    assert abs(np.corrcoef(one, other)[0, 1]) < 5 / math.sqrt(len(positions))
+    # Pairs that share no position: those that do are not independent of each other.
+    apart = positions // distance % 2 == 0
+    pairs = one[apart] * 16 // size * 16 + other[apart] * 16 // size
+    assert chi_square(pairs, 256) < highest_chi_square(255)
+
+
+@pytest.mark.parametrize("size", [2, 5, 7, 12])
+def test_over_many_keys_every_position_of_a_small_order_holds_each_thing_alike(size):
+    positions = np.arange(size)
+    numbers = np.concatenate([Permutation(size, key)(positions) for key in range(2000)])
+    cells = np.tile(positions, 2000) * size + numbers
+    assert chi_square(cells, size * size) < highest_chi_square((size - 1) ** 2)
+
+
+def test_epochs_have_orders_that_know_nothing_of_each_other():
+    size, number = 1_000_003, 2**16
+    positions = np.arange(number)
+    epochs = [Permutation(size, derive_seed(17, "epoch", epoch))(positions) for epoch in range(8)]
+    for epoch, one in enumerate(epochs):
+        for other in epochs[:epoch]:
+            assert abs(np.corrcoef(one, other)[0, 1]) < 5 / math.sqrt(number)
+            assert chi_square(one * 16 // size * 16 + other * 16 // size, 256) < highest_chi_square(255)
+            assert (one == other).sum() < 10  # the same window at the same position: 0.07 expected
 
 
 def test_neighbours_do_not_stay_neighbours():

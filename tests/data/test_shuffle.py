@@ -101,7 +101,7 @@ def test_each_domain_is_a_corpus_with_a_held_out_part(tmp_path, tokenizer, caplo
     assert sorted(folder.name for folder in (tmp_path / "c").iterdir()) == ["7", "a-b-c", "rare"]
     assert sorted(folder.name for folder in (tmp_path / "c-held-out").iterdir()) == ["7", "a-b-c"]
     for folder in [*(tmp_path / "c").iterdir(), *(tmp_path / "c-held-out").iterdir()]:
-        assert verify_corpus(folder) == []
+        assert verify_corpus(folder).damage == ()
     assert [part.path.name for part in report.domains] == ["7", "a-b-c", "rare"]
     assert sum(part.num_documents for part in (*report.domains, *report.held_out.domains)) == 101
     assert report.num_tokens == sum(Corpus.open(part.path).num_tokens for part in report.domains)

@@ -109,6 +109,39 @@ def test_special_tokens_are_those_the_files_name_else_the_usual_ones(tmp_path, s
     assert (tokenizer.end_of_document, tokenizer.begin_of_document) == (end, begin)
 
 
+def test_the_token_for_padding_is_the_one_that_is_named_else_the_usual_one(tmp_path):
+    assert Tokenizer.open(write_json(tmp_path / "a", ("<a>", "<|padding|>"))).padding == 1
+    assert Tokenizer.open(write_json(tmp_path / "b", ("<a>", "<|padding|>"), pad_token="<a>")).padding == 0
+    assert Tokenizer.open(write_json(tmp_path / "c")).padding is None
+    assert Tokenizer.open(write_model(tmp_path / "d.model")).padding is None
+    assert Tokenizer.open(write_model(tmp_path / "e.model", pad_id=3)).padding == 3
+
+
+def test_tokens_for_single_bytes_are_byte_pieces_else_bytes_that_are_no_character(tmp_path):
+    model = Tokenizer.open(write_model(tmp_path / "d.model"))
+    assert model.byte_tokens.tolist() == list(range(3, 259))
+    byte_level = Tokenizer.open(write_json(tmp_path / "a"))
+    expected = {
+        token_id for character in ("\u00e9", "\u6f22", "\U0001f600") for token_id in byte_level.encode(character)
+    }
+    assert len(byte_level.byte_tokens) == 128
+    assert expected <= set(byte_level.byte_tokens.tolist())
+    assert not set(byte_level.encode("a cat\n")) & set(byte_level.byte_tokens.tolist())
+
+
+def test_the_engine_can_be_forced_where_it_can_serve(tmp_path):
+    folder = write_json(tmp_path / "a")
+    forced = Tokenizer.open(folder, "huggingface")
+    assert forced.engine == "the package tokenizers; tiktoken is faster, but it was not asked for"
+    assert forced.encode("the cat").tolist() == Tokenizer.open(folder).encode("the cat").tolist()
+    model = write_model(tmp_path / "d.model")
+    assert Tokenizer.open(model).engine == "the package sentencepiece"
+    with pytest.raises(Fault, match=r"huggingface reads no SentencePiece model, and .*d\.model is one; leave --engine"):
+        Tokenizer.open(model, "huggingface")
+    with pytest.raises(Fault, match="engine = 'fastest'; known: auto, huggingface"):
+        Tokenizer.open(folder, "fastest")
+
+
 def test_the_special_tokens_map_is_read_and_the_config_has_the_last_word(tmp_path):
     write_json(tmp_path, ("<a>", "<b>", "<c>"), eos_token="<b>")
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<a>", "bos_token": "<c>"}))

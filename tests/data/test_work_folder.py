@@ -7,7 +7,9 @@ import io
 import json
 import logging
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,14 @@ def stop_late(monkeypatch, error: BaseException) -> None:
         raise error
 
     monkeypatch.setattr(building, "_refuse_empty", stop)
+
+
+def can_mount() -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+        if made.returncode == 0:
+            subprocess.run(["umount", folder], check=True)
+        return made.returncode == 0
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -119,6 +129,19 @@ def test_other_settings_are_refused_and_named(tmp_path, text, tokenizer, stopped
     }
 
 
+def test_another_tokenizer_is_refused(tmp_path, text, tokenizer, stopped):
+    config = tokenizer / "tokenizer_config.json"
+    config.write_text("{}")
+    with pytest.raises(Fault, match=r"begun otherwise: tokenizer was \{'tokenizer.json': .* and is now .*config"):
+        build_corpus([text], tokenizer, tmp_path / "c")
+    config.unlink()
+    made = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    made.add_special_tokens(["<another>"])
+    made.save(str(tokenizer / "tokenizer.json"))
+    with pytest.raises(Fault, match=r"begun otherwise: tokenizer was \{'tokenizer.json': '\w+'\} and is now"):
+        build_corpus([text], tokenizer, tmp_path / "c")
+
+
 def test_the_number_of_workers_may_change_and_errors_may_be_skipped_from_here_on(
     tmp_path, text, tokenizer, often, monkeypatch
 ):
@@ -170,6 +193,17 @@ def test_a_second_build_of_the_same_output_is_refused(tmp_path, text, tokenizer)
     assert build_corpus([text], tokenizer, tmp_path / "c").num_documents == 30
 
 
+def test_a_second_process_that_builds_the_same_output_is_refused(tmp_path, text, tokenizer):
+    with work_folder([tmp_path / "c"], {}, []) as work:
+        words = ["data", "build", text, "--tokenizer", tokenizer, "--output", tmp_path / "c"]
+        script = f"import sys; from cpt import cli; sys.exit(cli.main({list(map(str, words))!r}))"
+        second = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert second.returncode == 2
+        assert f"another build is writing {tmp_path}/c (process {os.getpid()}); wait for it" in second.stderr
+        assert "Traceback" not in second.stderr
+        work.remove()
+
+
 def test_a_folder_that_is_not_of_a_build_is_left_alone(tmp_path, text, tokenizer):
     (tmp_path / "c.partial").mkdir()
     (tmp_path / "c.partial" / "mine").write_text("x")
@@ -190,6 +224,26 @@ def test_a_full_disk_in_the_middle_is_told_and_the_build_goes_on_later(tmp_path,
     assert build_corpus([text], tokenizer, tmp_path / "c").num_documents == 30
     build_corpus([text], tokenizer, tmp_path / "whole")
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not can_mount(), reason="only root can make a small disk")
+def test_a_disk_that_is_full_in_the_middle_loses_nothing(tmp_path, tokenizer, often, monkeypatch):
+    monkeypatch.setattr(building, "BATCH_CHARACTERS", 30_000)
+    source = tmp_path / "big.jsonl"
+    source.write_text("".join(json.dumps({"text": f"document {number} " * 20}) + "\n" for number in range(3000)))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=True)
+    try:
+        with pytest.raises(OSError, match="the disk is full; free some space, then the same command goes on"):
+            build_corpus([source], tokenizer, disk / "c")
+        assert not (disk / "c").exists()
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        build_corpus([source], tokenizer, disk / "c")
+        build_corpus([source], tokenizer, tmp_path / "whole")
+        assert contents(disk / "c") == contents(tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_build_from_standard_input_says_that_it_cannot_go_on_and_leaves_nothing(

@@ -27,7 +27,7 @@ from cpt.data.prepare.build_progress import BuildProgress
 from cpt.data.prepare.build_report import BuildReport, report_of
 from cpt.data.prepare.checkpoint import Checkpoint
 from cpt.data.prepare.corpora import SIDES, Corpora
-from cpt.data.prepare.corpus_writer import SHARD_TOKENS
+from cpt.data.prepare.corpus_writer import SHARD_TOKENS, Origin
 from cpt.data.prepare.document import Document, Position
 from cpt.data.prepare.documents import read_documents
 from cpt.data.prepare.encoding import EncodedBatch, Recipe, encode_batches
@@ -46,9 +46,10 @@ LARGEST_BUFFER = 2**26
 
 @dataclass(frozen=True)
 class _Batch:
-    """Texts and domains of documents in order, the position after them, and what was skipped up to there, by cause."""
+    """Texts, numbers of input files and domains of documents, the position after them, what was skipped, by cause."""
 
     texts: list[str]
+    inputs: list[int]
     domains: list[str]
     end: Position
     skipped: dict[str, int]
@@ -70,6 +71,7 @@ def build_corpus(
     on_error: str = "stop",
     shard_tokens: int = SHARD_TOKENS,
     restart: bool = False,
+    engine: str = "auto",
     progress: bool = False,
 ) -> BuildReport:
     """Builds the corpus `output`, which appears whole or not at all; see `read_documents` for inputs, keys, on_error.
@@ -84,6 +86,7 @@ def build_corpus(
         so that it stays on its side when other documents come, go or move.
     shuffle_seed: puts the documents in an order drawn from this seed; from 0 to before 2 ** 64.
     restart: throws away what an earlier build left, instead of going on.
+    engine: see `Tokenizer.open`; the ids are the same.
     progress: a progress bar if standard error is a terminal, else a log line now and then.
 
     Raises Fault for faulty inputs, an output in use, a tokenizer without the ids asked for, input without documents,
@@ -95,13 +98,14 @@ def build_corpus(
         raise Fault(f"workers = {workers}; at least 1 process must tokenize")
     if shuffle_seed is not None and not 0 <= shuffle_seed < 2**64:
         raise Fault(f"shuffle_documents = {shuffle_seed} is no seed; use a whole number from 0 to before 2 ** 64")
-    opened = Tokenizer.open(tokenizer)
+    opened = Tokenizer.open(tokenizer, engine)
     logger.info("tokenizing with %s", opened.engine)
     recipe = Recipe(
         str(tokenizer),
         _required(opened.begin_of_document, "bos_token", "without --prepend-bos", tokenizer) if prepend_bos else None,
         _required(opened.end_of_document, "eos_token", "with --no-append-eos", tokenizer) if append_eos else None,
         holdout,
+        engine,
     )
     files = find_files(inputs)
     is_resumable = STANDARD_INPUT not in files
@@ -154,8 +158,7 @@ def build_corpus(
         if not checkpoint.is_finished:
             _refuse_empty(corpora, inputs, holdout)
             build.write_checkpoint()
-            ids = {"end_of_document": recipe.end_of_document, "begin_of_document": recipe.begin_of_document}
-            corpora.finish(opened, inputs, **ids)
+            corpora.finish(Origin(opened, inputs, recipe.end_of_document, recipe.begin_of_document))
             checkpoint.is_finished = True
             build.write_checkpoint()
         report = report_of(outputs, corpora, checkpoint, domain_key is not None)
@@ -175,19 +178,21 @@ def _required(token_id: int | None, name: str, way_out: str, tokenizer: str | Pa
 def _batches(documents: Iterable[Document], skipped: Counter[str]) -> Iterator[_Batch]:
     """Documents in order, in batches of about a megabyte of text."""
     texts: list[str] = []
+    inputs: list[int] = []
     domains: list[str] = []
     characters = 0
     end = Position()
     for document in documents:
         texts.append(document.text)
+        inputs.append(document.end.file)
         domains.append(document.domain)
         end = document.end
         characters += len(document.text)
         if characters >= BATCH_CHARACTERS:
-            yield _Batch(texts, domains, end, dict(skipped))
-            texts, domains, characters = [], [], 0
+            yield _Batch(texts, inputs, domains, end, dict(skipped))
+            texts, inputs, domains, characters = [], [], [], 0
     if texts:
-        yield _Batch(texts, domains, end, dict(skipped))
+        yield _Batch(texts, inputs, domains, end, dict(skipped))
 
 
 @final

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -14,7 +13,9 @@ from cpt.data.prepare.fast_bpe import FastBpe, NotServed
 
 logger = logging.getLogger(__name__)
 
+# Of what a process encodes first, and of every input file.
 VERIFIED_CHARACTERS = 200_000
+VERIFIED_OF_EACH_INPUT = 10_000
 NAME_OF_FAST, NAME_OF_REFERENCE = "tiktoken", "tokenizers"
 
 
@@ -29,27 +30,30 @@ class CheckedEncoder:
     """Encodes with the fast engine for as long as it agrees with `reference`, which serves from then on.
 
     The first VERIFIED_CHARACTERS are encoded by both and get the reference's ids, so a wrong engine is noticed before
-    any of its ids is used. Which engine serves is logged once.
+    any of its ids is used; so are the first VERIFIED_OF_EACH_INPUT of every input.
+
+    description: which package tokenizes at first, and why, for the log.
     """
 
     def __init__(
         self, reference: tokenizers.Tokenizer, build_engine: Callable[[tokenizers.Tokenizer], Engine] = FastBpe
     ) -> None:
         self._reference = reference
-        self._num_verified = 0
+        self._num_to_verify = VERIFIED_CHARACTERS
         self._fast: Engine | None = None
+        self.description = f"the package {NAME_OF_REFERENCE}"
         try:
             self._fast = build_engine(reference)
         except NotServed as reason:
-            _tell(f"tokenizing with the package {NAME_OF_REFERENCE}; {NAME_OF_FAST} is faster, but {reason}")
+            self.description += f"; {NAME_OF_FAST} is faster, but {reason}"
             return
         # The same in every process, so that they all choose the same engine.
         self._verified(text_of_traps(token.content for token in reference.get_added_tokens_decoder().values()))
-        self._num_verified = 0
+        self._num_to_verify = VERIFIED_CHARACTERS
         if self._fast:
-            _tell(
-                f"tokenizing with the package {NAME_OF_FAST}, "
-                f"held against {NAME_OF_REFERENCE} on the first {VERIFIED_CHARACTERS:,} characters"
+            self.description = (
+                f"the package {NAME_OF_FAST}, held against {NAME_OF_REFERENCE} on the first {VERIFIED_CHARACTERS:,} "
+                f"characters and on {VERIFIED_OF_EACH_INPUT:,} of every input file"
             )
 
     @property
@@ -57,13 +61,19 @@ class CheckedEncoder:
         """The package that tokenizes."""
         return NAME_OF_FAST if self._fast else NAME_OF_REFERENCE
 
+    def begin_input(self) -> None:
+        """The texts to come are of another input."""
+        self._num_to_verify = max(self._num_to_verify, VERIFIED_OF_EACH_INPUT)
+
     def encode(self, text: str) -> np.ndarray:
         """Token ids of the text, int32 [tokens]."""
-        if self._fast is None:
-            return self._ids_of_reference(text)
-        if self._num_verified < VERIFIED_CHARACTERS:
-            return self._verified(text)
-        ids = self._fast.encode(text)
+        if self._fast and self._num_to_verify > 0:
+            # Of a long text only the beginning: the library would take a hundred times its length of memory.
+            sample = text[: self._num_to_verify]
+            expected = self._verified(sample)
+            if len(sample) == len(text):
+                return expected
+        ids = self._fast.encode(text) if self._fast else None
         return self._ids_of_reference(text) if ids is None else ids
 
     def _ids_of_reference(self, text: str) -> np.ndarray:
@@ -75,7 +85,7 @@ class CheckedEncoder:
         ids = self._fast.encode(text)
         if ids is None:
             return expected
-        self._num_verified += len(text)
+        self._num_to_verify -= len(text)
         if not np.array_equal(ids, expected):
             position = _first_difference(ids, encoding)
             logger.warning(
@@ -106,8 +116,3 @@ def text_of_traps(added_tokens: Iterable[str]) -> str:
     words = ["I'll", "DON'T", "x'", "12345", "a1b2", "e\u0301t", "übung", "東京", "\u200b", "👩\u200d💻", "\0", "."]
     added = list(added_tokens)[:64]
     return "".join(run + words[number % len(words)] for number, run in enumerate(runs)) + "x".join(added) + "  \n "
-
-
-@functools.cache
-def _tell(line: str) -> None:
-    logger.info(line)

@@ -13,8 +13,7 @@ from typing import Any, final
 import numpy as np
 
 from cpt.config import Fault
-from cpt.data.prepare.corpus_writer import SHARD_TOKENS, CorpusState, CorpusWriter
-from cpt.data.prepare.tokenizers import Tokenizer
+from cpt.data.prepare.corpus_writer import SHARD_TOKENS, CorpusState, CorpusWriter, Origin
 
 logger = logging.getLogger(__name__)
 
@@ -101,19 +100,10 @@ class Corpora:
         found = {corpus.domain: corpus.writer for corpus in self._corpora if corpus.is_held_out == is_held_out}
         return dict(sorted(found.items()))
 
-    def finish(
-        self,
-        tokenizer: Tokenizer,
-        inputs: Sequence[str | Path],
-        *,
-        end_of_document: int | None,
-        begin_of_document: int | None,
-    ) -> None:
+    def finish(self, origin: Origin) -> None:
         """Closes the last shards and writes the manifests."""
         for corpus in self._corpora:
-            corpus.writer.finish(
-                tokenizer, inputs, end_of_document=end_of_document, begin_of_document=begin_of_document
-            )
+            corpus.writer.finish(origin)
 
     def _open(self, domain: str, is_held_out: bool, state: CorpusState | None) -> None:
         folder = self._work / list(SIDES)[is_held_out]

@@ -19,6 +19,20 @@ from cpt.data.shards import ShardWriter, bin_path, idx_path
 
 SHARD_TOKENS = 2**30
 RECORD = np.dtype([("num_tokens", "<i8")])
+# Python's numbers take five times the memory of numpy's.
+DOCUMENTS_AT_ONCE = 2**16
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a manifest tells of where the tokens are from; see `Manifest` for the last four."""
+
+    tokenizer: Tokenizer
+    inputs: Sequence[str | Path]
+    end_of_document: int | None
+    begin_of_document: int | None
+    packed_length: int | None = None
+    num_padding: int = 0
 
 
 @dataclass
@@ -110,29 +124,24 @@ class CorpusWriter:
         self._spool.sync()
         return dataclasses.replace(self._state, waiting=self._spool.size)
 
-    def finish(
-        self,
-        tokenizer: Tokenizer,
-        inputs: Sequence[str | Path],
-        *,
-        end_of_document: int | None,
-        begin_of_document: int | None,
-    ) -> Manifest:
+    def finish(self, origin: Origin) -> Manifest:
         """Closes the last shard, copies the tokenizer's files and writes corpus.json."""
         if self._spool.num_documents:
             self._close_shard()
         self.folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.copy_to(self.folder / TOKENIZER_FOLDER)
+        origin.tokenizer.copy_to(self.folder / TOKENIZER_FOLDER)
         manifest = Manifest(
-            tokenizer_hash=tokenizer.hash,
+            tokenizer_hash=origin.tokenizer.hash,
             vocabulary_size=self.vocabulary_size,
-            end_of_document=end_of_document,
-            begin_of_document=begin_of_document,
+            end_of_document=origin.end_of_document,
+            begin_of_document=origin.begin_of_document,
             num_tokens=self.num_tokens,
             num_documents=self.num_documents,
             num_bytes=self.num_bytes,
-            inputs=tuple(map(str, inputs)),
+            inputs=tuple(map(str, origin.inputs)),
             shards=tuple(self._state.shards),
+            packed_length=origin.packed_length,
+            num_padding=origin.num_padding,
         )
         manifest.write(self.folder)
         for path in (self.folder / MANIFEST_NAME, *(self.folder / TOKENIZER_FOLDER).iterdir()):
@@ -148,10 +157,12 @@ class CorpusWriter:
     def _close_shard(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         tokens, records = self._spool.read()
-        ends = np.cumsum(records["num_tokens"]).tolist()
+        start = 0
         with ShardWriter(self.folder / f"shard-{len(self._state.shards):05d}", self.vocabulary_size) as shard:
-            for start, end in zip([0, *ends[:-1]], ends, strict=True):
-                shard.add_document(tokens[start:end])
+            for first in range(0, len(records), DOCUMENTS_AT_ONCE):
+                for num_tokens in records["num_tokens"][first : first + DOCUMENTS_AT_ONCE].tolist():
+                    shard.add_document(tokens[start : start + num_tokens])
+                    start += num_tokens
         self._state.shards.append(
             ShardEntry(
                 name=shard.prefix.name,

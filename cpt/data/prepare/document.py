@@ -14,14 +14,22 @@ logger = logging.getLogger(__name__)
 
 READ_BUFFER_BYTES = 2**20
 
-EMPTY_DOCUMENT = "empty document"
-BROKEN_JSON = "broken JSON"
-NO_TEXT_KEY = "no text under the key"
-NO_ID_KEY = "no id under the key"
-NO_DOMAIN_KEY = "no domain under the key"
-INVALID_UTF8 = "invalid UTF-8"
-DAMAGED_FILE = "damaged file"
+# Reading a document takes a few times its length of memory.
+LONGEST_DOCUMENT_BYTES = 2**29
 USUAL_ID_KEY = "id"
+
+
+class Cause:
+    """Why documents are left out, as counts name it."""
+
+    EMPTY = "empty document"
+    TOO_LONG = "document too long"
+    BROKEN_JSON = "broken JSON"
+    NO_TEXT = "no text under the key"
+    NO_ID = "no id under the key"
+    NO_DOMAIN = "no domain under the key"
+    INVALID_UTF8 = "invalid UTF-8"
+    DAMAGED_FILE = "damaged file"
 
 
 class Position(NamedTuple):
@@ -71,11 +79,20 @@ class Source:
 
 
 class Troubles:
-    """Faults in the input: raised, or counted by cause with a word about the first of each."""
+    """Faults in the input: raised, or counted by cause with a word about the first of each.
+
+    longest_bytes: of a document, or of the line that holds it; what is longer is such a fault.
+    """
 
     def __init__(self, is_skipping: bool, counts: Counter[str]) -> None:
         self._is_skipping = is_skipping
         self.counts = counts
+        self.longest_bytes = LONGEST_DOCUMENT_BYTES
+
+    def meet_too_long(self, where: str) -> None:
+        """As `meet`, for a document longer than `longest_bytes`."""
+        limit = f"{self.longest_bytes:,} bytes"
+        self.meet(Cause.TOO_LONG, f"{where} is longer than {limit}, the most for one document", "split the document")
 
     def meet(self, cause: str, what: str, way_out: str) -> None:
         """Stop at a fault with a Fault that tells `what` and `way_out`, or count it by `cause` and go on."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from cpt.config import Fault
-from cpt.data.prepare.document import DAMAGED_FILE, EMPTY_DOCUMENT, START, Document, Keys, Position, Source, Troubles
+from cpt.data.prepare.document import START, Cause, Document, Keys, Position, Source, Troubles
 from cpt.data.prepare.input_files import find_files, kind_of
 from cpt.data.prepare.table_readers import read_arrow, read_parquet
 from cpt.data.prepare.text_readers import read_jsonl, read_text
@@ -38,7 +38,7 @@ def read_documents(
     """The documents of all inputs, in order; files of a folder or glob are sorted by name.
 
     inputs: files (.jsonl, .txt, either also .gz or .zst; .parquet, .arrow), folders, globs, "-" for jsonl on standard
-        input. A .txt file is one document.
+        input. A .txt file is one document. One longer than LONGEST_DOCUMENT_BYTES is a fault.
     text_key: the key or column that holds the text.
     on_error: "stop" raises Fault at the first fault; "skip" goes on, and warns at the end with a count by cause.
     skipped: counts by cause are added here. Empty documents are always skipped and counted.
@@ -64,11 +64,12 @@ def _read_files(files: list[str], start: Position, keys: Keys, troubles: Trouble
                 if document.text:
                     yield document
                 else:
-                    troubles.counts[EMPTY_DOCUMENT] += 1
-        # Arrow tells of damage by errors of its own, which are ValueErrors or OSErrors in part only.
-        except (OSError, pa.ArrowException) as error:
+                    troubles.counts[Cause.EMPTY] += 1
+        # Arrow tells of damage by errors of its own, which are ValueErrors or OSErrors in part only, and damaged names
+        # of columns or ids are no UTF-8.
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            troubles.meet(DAMAGED_FILE, f"cannot read {name} to its end: {reason}", "mend or replace the file")
+            troubles.meet(Cause.DAMAGED_FILE, f"cannot read {name} to its end: {reason}", "mend or replace the file")
     if troubles.counts:
         counts = ", ".join(f"{count:,} {cause}" for cause, count in sorted(troubles.counts.items()))
         logger.warning("skipped in the input: %s", counts)

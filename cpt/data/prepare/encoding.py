@@ -24,9 +24,10 @@ BATCHES_PER_WORKER = 3
 
 
 class HasTexts(Protocol):
-    """What can be encoded: anything with a list of texts."""
+    """What can be encoded: anything with a list of texts, and of the numbers of the inputs they are from."""
 
     texts: list[str]
+    inputs: list[int]
 
 
 Batch = TypeVar("Batch", bound=HasTexts)
@@ -40,6 +41,7 @@ class Recipe:
     begin_of_document: int | None
     end_of_document: int | None
     holdout: float
+    engine: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,22 @@ class Encoder:
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
-        self._tokenizer = Tokenizer.open(recipe.tokenizer)
+        self._tokenizer = Tokenizer.open(recipe.tokenizer, recipe.engine)
+        self._input: int | None = None
         self._before = [] if recipe.begin_of_document is None else [recipe.begin_of_document]
         self._after = [] if recipe.end_of_document is None else [recipe.end_of_document]
 
-    def encode(self, texts: list[str]) -> EncodedBatch:
-        """The token ids of texts, each with its begin and end, and on which side of the holdout each falls."""
+    def encode(self, texts: list[str], inputs: list[int]) -> EncodedBatch:
+        """The token ids of texts, each with its begin and end, and on which side of the holdout each falls.
+
+        inputs: the number of the input file of each text.
+        """
         pieces: list[np.ndarray] = []
         num_tokens, num_bytes, is_held_out = [], [], []
-        for text in texts:
+        for text, number in zip(texts, inputs, strict=True):
+            if number != self._input:
+                self._input = number
+                self._tokenizer.begin_input()
             ids = self._tokenizer.encode(text)
             encoded = text.encode()
             num_bytes.append(len(encoded))
@@ -90,7 +99,7 @@ def encode_batches(batches: Iterable[Batch], recipe: Recipe, workers: int) -> It
     if workers == 1:
         encoder = Encoder(recipe)
         for batch in batches:
-            yield batch, encoder.encode(batch.texts)
+            yield batch, encoder.encode(batch.texts, batch.inputs)
         return
     # A forked copy of a process with threads (Arrow's, torch's) can hang; a fresh one cannot.
     context = multiprocessing.get_context("spawn")
@@ -98,7 +107,7 @@ def encode_batches(batches: Iterable[Batch], recipe: Recipe, workers: int) -> It
     under_way: deque[tuple[Batch, Future[EncodedBatch]]] = deque()
     try:
         for batch in batches:
-            under_way.append((batch, pool.submit(_encode_in_worker, batch.texts)))
+            under_way.append((batch, pool.submit(_encode_in_worker, batch.texts, batch.inputs)))
             if len(under_way) >= BATCHES_PER_WORKER * workers:
                 yield _next_done(under_way)
         while under_way:
@@ -133,5 +142,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(texts: list[str]) -> EncodedBatch:
-    return _encoder_of_this_worker.encode(texts)
+def _encode_in_worker(texts: list[str], inputs: list[int]) -> EncodedBatch:
+    return _encoder_of_this_worker.encode(texts, inputs)

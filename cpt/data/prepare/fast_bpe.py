@@ -62,6 +62,11 @@ class NotServed(Exception):
     """The fast engine cannot serve this tokenizer; the message says why, in a clause without an end."""
 
 
+def refuse(reference: tokenizers.Tokenizer) -> FastBpe:
+    """In the place of `FastBpe` where no fast engine is wanted: raises NotServed."""
+    raise NotServed("it was not asked for")
+
+
 class FastBpe:
     """Byte-level BPE through tiktoken, made from a tokenizer of the tokenizers library.
 
@@ -72,6 +77,12 @@ class FastBpe:
     """
 
     def __init__(self, reference: tokenizers.Tokenizer) -> None:
+        content = json.loads(reference.to_str())
+        # Before tiktoken is looked for: nobody should install it for a tokenizer that it cannot serve.
+        pattern = _pattern(content["pre_tokenizer"])
+        self._normalizes = _is_nfc(content["normalizer"])
+        ranks, ids = _ranks(content, reference)
+        self._stages, stand_ins = _stages(content["added_tokens"], reference, self._normalizes)
         try:
             import tiktoken
         except ImportError as error:
@@ -79,11 +90,6 @@ class FastBpe:
         # Before, the time for a word grew with the square of its length: minutes for a megabyte.
         if tuple(map(int, tiktoken.__version__.split(".")[:2])) < OLDEST_TIKTOKEN:
             raise NotServed(f"{tiktoken.__version__} is too old; pip install --upgrade 'cpt-trainer[fast]' renews it")
-        content = json.loads(reference.to_str())
-        pattern = _pattern(content["pre_tokenizer"])
-        self._normalizes = _is_nfc(content["normalizer"])
-        ranks, ids = _ranks(content, reference)
-        self._stages, stand_ins = _stages(content["added_tokens"], reference, self._normalizes)
         # Without any special token tiktoken looks for the empty one, at every character.
         stand_ins = stand_ins or {chr(FIRST_STAND_IN): 0}
         self._stand_ins = frozenset(stand_ins)
@@ -156,7 +162,7 @@ def _ranks(content: dict[str, Any], reference: tokenizers.Tokenizer) -> tuple[di
     """The order in which bytes merge, as tiktoken wants it, and the token id of each rank."""
     model = content["model"]
     vocabulary, merges = model.get("vocab", {}), model.get("merges", [])
-    byte_of = _byte_alphabet()
+    byte_of = byte_alphabet()
     ignores_merges = model.get("ignore_merges", False)
     if model["type"] != "BPE" or model["byte_fallback"] or model["dropout"]:
         raise NotServed("its model is not plain byte-level BPE")
@@ -187,7 +193,7 @@ def _ranks(content: dict[str, Any], reference: tokenizers.Tokenizer) -> tuple[di
     return ranks, [vocabulary[token] for token in tokens]
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The visible character that stands for each byte in the vocabulary of a byte-level tokenizer."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(0x100) if byte not in visible]

@@ -10,12 +10,9 @@ import pyarrow.parquet
 
 from cpt.config.faults import nearest
 from cpt.data.prepare.document import (
-    INVALID_UTF8,
-    NO_DOMAIN_KEY,
-    NO_ID_KEY,
-    NO_TEXT_KEY,
     READ_BUFFER_BYTES,
     USUAL_ID_KEY,
+    Cause,
     Document,
     Keys,
     Source,
@@ -55,19 +52,34 @@ def read_arrow(source: Source, keys: Keys, troubles: Troubles) -> Iterator[Docum
         columns = _columns(reader.schema, source.name, keys, troubles)
         if columns:
             slices = (
-                batch.slice(start, ROWS_AT_ONCE).select(columns)
-                for batch in batches
+                batch.slice(start, ROWS_AT_ONCE)
+                for batch in (_checked(batch.select(columns)) for batch in batches)
                 for start in range(0, batch.num_rows, ROWS_AT_ONCE)
             )
             yield from _read_batches(slices, 0, source, keys, troubles)
 
 
+def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch of an Arrow file; ArrowInvalid if its columns point outside of it.
+
+    The format has no checksums, and to follow such a pointer ends the process.
+    """
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            # Told later, with the row; pointers are looked at first.
+            if "UTF8" not in str(error):
+                raise
+    return batch
+
+
 def _columns(schema: pa.Schema, name: str, keys: Keys, troubles: Troubles) -> list[str]:
     """The columns to read: text, id and domain, as far as they are asked for or there. Empty after trouble."""
     wanted = [
-        (keys.text, NO_TEXT_KEY, "text", _is_text),
-        (keys.id, NO_ID_KEY, "id", None),
-        (keys.domain, NO_DOMAIN_KEY, "domain", lambda kind: _is_text(kind) or pa.types.is_integer(kind)),
+        (keys.text, Cause.NO_TEXT, "text", _is_text),
+        (keys.id, Cause.NO_ID, "id", None),
+        (keys.domain, Cause.NO_DOMAIN, "domain", lambda kind: _is_text(kind) or pa.types.is_integer(kind)),
     ]
     columns = []
     for column, cause, role, is_fit in wanted:
@@ -113,11 +125,14 @@ def _read_batches(
                 text = texts[index].as_py() or ""
                 domain = "" if domains is None else domains[index].as_py()
             except UnicodeDecodeError as error:
-                what = f"{where}: {INVALID_UTF8} (at position {error.start} of the text)"
-                troubles.meet(INVALID_UTF8, what, "write the text in UTF-8")
+                what = f"{where}: {Cause.INVALID_UTF8} (at position {error.start} of the text)"
+                troubles.meet(Cause.INVALID_UTF8, what, "write the text in UTF-8")
+                continue
+            if len(text) > troubles.longest_bytes:
+                troubles.meet_too_long(where)
                 continue
             if keys.domain is not None and not is_domain(domain):
                 what = f'{where} has no domain in the column "{keys.domain}" ({shown(domain)})'
-                troubles.meet(NO_DOMAIN_KEY, what, "name the column of the domain (--domain-key)")
+                troubles.meet(Cause.NO_DOMAIN, what, "name the column of the domain (--domain-key)")
                 continue
             yield Document(text, identity, where, str(domain), source.end(number))

@@ -20,7 +20,9 @@ import tokenizers
 import xxhash
 
 from cpt.config import Fault
+from cpt.data.prepare import long_texts
 from cpt.data.prepare.checked_encoder import CheckedEncoder
+from cpt.data.prepare.fast_bpe import byte_alphabet, refuse
 
 TOKENIZER_JSON = "tokenizer.json"
 SENTENCEPIECE_MODEL = "tokenizer.model"
@@ -37,13 +39,15 @@ COMPANIONS = (
 # Where no file names them, the usual spellings, the most particular first.
 USUAL_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 USUAL_BEGINNINGS = ("<|begin_of_text|>", "<s>", "<bos>")
+ENGINES = ("auto", "huggingface")
+USUAL_PADDINGS = ("<|padding|>", "<|pad|>", "<pad>")
 
 
 class Tokenizer(ABC):
     """Text to token ids and back; make it with `Tokenizer.open`.
 
     vocabulary_size: the largest id plus one.
-    end_of_document, begin_of_document, unknown: token ids, None where the tokenizer has none.
+    end_of_document, begin_of_document, unknown, padding: token ids, None where the tokenizer has none.
     files: what `copy_to` copies.
     """
 
@@ -51,18 +55,29 @@ class Tokenizer(ABC):
     end_of_document: int | None
     begin_of_document: int | None
     unknown: int | None
+    padding: int | None
 
     def __init__(self, deciding_file: Path, files: list[Path]) -> None:
         self.deciding_file = deciding_file
         self.files = files
 
     @staticmethod
-    def open(path: str | Path) -> Tokenizer:
+    def open(path: str | Path, engine: str = "auto") -> Tokenizer:
         """The tokenizer in a folder (a Hugging Face one, or ours), or a tokenizer.json or SentencePiece model file.
 
-        Raises Fault if there is none or it cannot be read.
+        engine: "huggingface" encodes with the package tokenizers, even where a faster one gives the same ids.
+
+        Raises Fault if there is none or it cannot be read, or if the engine cannot serve it.
         """
-        path = Path(path)
+        if engine not in ENGINES:
+            raise Fault(f"engine = {engine!r}; known: {', '.join(ENGINES)}")
+        tokenizer = Tokenizer._open(Path(path))
+        if engine != "auto":
+            tokenizer.use_slow_engine()
+        return tokenizer
+
+    @staticmethod
+    def _open(path: Path) -> Tokenizer:
         if path.is_dir():
             names = [name for name in (TOKENIZER_JSON, SENTENCEPIECE_MODEL) if (path / name).is_file()]
             if not names:
@@ -77,9 +92,15 @@ class Tokenizer(ABC):
             companions = [path.parent / name for name in COMPANIONS if (path.parent / name).is_file()]
         return _engine(path, [path, *companions])
 
-    @abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """Token ids of the text, int32 [tokens]; nothing is put before or after."""
+        if len(text) <= long_texts.LONGEST_AT_ONCE:
+            return self._encode(text)
+        return np.concatenate([self._encode(part) for part in long_texts.parts_of(text, self._encode)])
+
+    @abstractmethod
+    def _encode(self, text: str) -> np.ndarray:
+        """The ids of a text that fits into the memory as the engine needs it."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -88,7 +109,35 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def engine(self) -> str:
-        """The package that encodes."""
+        """The package that encodes, and why it does, in words."""
+
+    @abstractmethod
+    def use_slow_engine(self) -> None:
+        """Encodes with the package tokenizers from here on; Fault where it cannot."""
+
+    @abstractmethod
+    def begin_input(self) -> None:
+        """The texts to come are of another input; an engine that is checked on samples is checked anew."""
+
+    @property
+    def byte_tokens(self) -> np.ndarray:
+        """Ids of the tokens for one byte that text falls back on, int32, sorted.
+
+        Pieces such as <0xE3>, where there are any; of byte-level BPE the bytes that are no character by themselves.
+        """
+        pieces = self._pieces()
+        names = {f"<0x{byte:02X}>" for byte in range(0x100)} & pieces.keys()
+        if not names and self._is_byte_level:
+            names = {letter for letter, byte in byte_alphabet().items() if byte >= 0x80} & pieces.keys()
+        return np.array(sorted(pieces[name] for name in names), dtype=np.int32)
+
+    @property
+    def _is_byte_level(self) -> bool:
+        return False
+
+    @abstractmethod
+    def _pieces(self) -> dict[str, int]:
+        """The vocabulary: the id of every piece."""
 
     @cached_property
     def hash(self) -> str:
@@ -127,6 +176,7 @@ class _JsonTokenizer(Tokenizer):
         self.end_of_document = self._find(settings.get("eos_token"), USUAL_ENDS)
         self.begin_of_document = self._find(settings.get("bos_token"), USUAL_BEGINNINGS)
         self.unknown = self._find(settings.get("unk_token"), ("<unk>",))
+        self.padding = self._find(settings.get("pad_token"), USUAL_PADDINGS)
 
     def _settings(self) -> dict[str, Any]:
         """Special tokens as the folder's files name them; tokenizer_config.json has the last word."""
@@ -147,17 +197,30 @@ class _JsonTokenizer(Tokenizer):
         ids = (self._tokenizer.token_to_id(token) for token in ([named] if named else usual))
         return next((token_id for token_id in ids if token_id is not None), None)
 
-    def encode(self, text: str) -> np.ndarray:
+    def _encode(self, text: str) -> np.ndarray:
         return self._encoder.encode(text)
+
+    def begin_input(self) -> None:
+        self._encoder.begin_input()
 
     @cached_property
     def _encoder(self) -> CheckedEncoder:
         # Only who encodes pays for it: a third of a second with a vocabulary of 50,000.
         return CheckedEncoder(self._tokenizer)
 
+    def use_slow_engine(self) -> None:
+        self._encoder = CheckedEncoder(self._tokenizer, refuse)
+
     @property
     def engine(self) -> str:
-        return self._encoder.engine
+        return self._encoder.description
+
+    @property
+    def _is_byte_level(self) -> bool:
+        return isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel)
+
+    def _pieces(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab(with_added_tokens=True)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
@@ -165,7 +228,7 @@ class _JsonTokenizer(Tokenizer):
 
 class _SentencePieceTokenizer(Tokenizer):
     usual_name = SENTENCEPIECE_MODEL
-    engine = "sentencepiece"
+    engine = "the package sentencepiece"
 
     def __init__(self, deciding_file: Path, files: list[Path]) -> None:
         super().__init__(deciding_file, files)
@@ -177,6 +240,7 @@ class _SentencePieceTokenizer(Tokenizer):
         self.end_of_document = self._find(self._model.eos_id(), USUAL_ENDS)
         self.begin_of_document = self._find(self._model.bos_id(), USUAL_BEGINNINGS)
         self.unknown = self._model.unk_id()
+        self.padding = self._find(self._model.pad_id(), USUAL_PADDINGS)
 
     def _find(self, named: int, usual: tuple[str, ...]) -> int | None:
         if named >= 0:
@@ -184,8 +248,22 @@ class _SentencePieceTokenizer(Tokenizer):
         ids = (self._model.piece_to_id(piece) for piece in usual)
         return next((token_id for token_id in ids if token_id != self._model.unk_id()), None)
 
-    def encode(self, text: str) -> np.ndarray:
+    def _encode(self, text: str) -> np.ndarray:
         return np.array(self._model.encode(text), dtype=np.int32)
+
+    def use_slow_engine(self) -> None:
+        raise Fault(
+            f"the engine huggingface reads no SentencePiece model, and {self.deciding_file} is one; "
+            "leave --engine out, or name a tokenizer.json"
+        )
+
+    def begin_input(self) -> None:
+        # There is one engine only, and nothing to hold it against.
+        return
+
+    def _pieces(self) -> dict[str, int]:
+        ids = range(self.vocabulary_size)
+        return dict(zip(self._model.id_to_piece(list(ids)), ids, strict=True))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._model.decode(np.asarray(ids).tolist())

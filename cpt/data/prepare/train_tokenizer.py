@@ -29,6 +29,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from cpt.config import Fault
 from cpt.data.prepare.aside import written_aside
 from cpt.data.prepare.documents import read_documents
+from cpt.data.prepare.pieces import merges_of
 from cpt.data.prepare.tokenizers import CONFIG_NAME, SENTENCEPIECE_MODEL, TOKENIZER_JSON
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def train_tokenizer(
     if kind not in TRAINERS:
         raise Fault(f"kind = {kind!r}; known: {', '.join(TRAINERS)}")
     with written_aside(output) as folder:
-        sample = _Sample(sample_bytes, seed)
+        sample = Sample(sample_bytes, seed)
         for document in read_documents(inputs, text_key, on_error):
             sample.add(document.text)
         texts = sample.texts()
@@ -92,7 +93,7 @@ def train_tokenizer(
     )
 
 
-class _Sample:
+class Sample:
     """A fair sample of documents whose text is not longer than `budget_bytes`, in the order of the input.
 
     Every document draws a number; those with the smallest stay. Memory: the budget and one document.
@@ -105,6 +106,7 @@ class _Sample:
         self.num_documents = self.num_bytes = self.sampled_bytes = 0
 
     def add(self, text: str) -> None:
+        """One more document; all are added before `texts` is asked for."""
         encoded = text.encode()
         self.num_bytes += len(encoded)
         if len(encoded) > self._budget_bytes:
@@ -117,6 +119,7 @@ class _Sample:
             self.sampled_bytes -= heapq.heappop(self._largest_first)[3]
 
     def texts(self) -> list[str]:
+        """The documents of the sample."""
         return [text for _, _, text, _ in sorted(self._largest_first, key=lambda entry: entry[1])]
 
 
@@ -197,14 +200,8 @@ def _converted(proto: sentencepiece_model_pb2.ModelProto) -> tokenizers.Tokenize
     """The same tokenizer for the tokenizers library: the same ids for every text."""
     pieces = [piece.piece for piece in proto.pieces]
     learned = {piece.piece for piece in proto.pieces if piece.type == piece.NORMAL}
-    merges = [
-        (piece[:cut], piece[cut:])
-        # Pieces are stored by falling score, which is the order in which they were learned.
-        for piece in pieces
-        if piece in learned
-        for cut in range(1, len(piece))
-        if piece[:cut] in learned and piece[cut:] in learned
-    ]
+    # Pieces are stored by falling score, which is the order in which they were learned.
+    merges = merges_of([piece for piece in pieces if piece in learned], learned)
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token=UNKNOWN, byte_fallback=True))
     escape = [normalizers.Replace(sign, escaped) for sign, escaped in ESCAPES.items()]
