@@ -106,3 +106,17 @@ def test_something_undescribed_is_found(tmp_path):
         'class A:\n    """A."""\n    def f(self): ...\n    def _g(self): ...\n\ndef h():\n    "H."\n'
     )
     assert undescribed(tmp_path / "x.py", "x") == ["x", "x.A.f"]
+
+
+def test_every_package_of_an_extra_has_a_version_that_the_tests_run_with():
+    code = (
+        "import setuptools, json\n"
+        "setuptools.setup = lambda **named: print(json.dumps(named['extras_require']))\n"
+        "import runpy; runpy.run_path('setup.py')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT, check=True
+    )
+    asked = {word for extra in ast.literal_eval(done.stdout).values() for word in extra}
+    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    assert {word.split(">")[0] for word in asked} <= pinned

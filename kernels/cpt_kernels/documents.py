@@ -85,7 +85,7 @@ def model_inputs(tokens: Tensor, starts: Tensor | None, device: torch.device) ->
     inside a document. The first token of a document cannot be told from the end of another, so as a target it is
     IGNORED. Without, attention runs across documents and every target counts.
     """
-    tokens = tokens.to(device, non_blocking=True)
+    tokens = tokens.to(device, non_blocking=True).long()
     if starts is None:
         return tokens[:, :-1], tokens[:, 1:]
     is_ignored = starts[:, 1:].to(device, non_blocking=True)

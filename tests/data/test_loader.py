@@ -57,7 +57,7 @@ def no_thread_is_left():
 
 def test_a_window_is_the_tokens_from_its_place_on(order):
     batch = Loader(order, 0, 1).batch(0, 300)
-    assert batch.tokens.dtype == torch.int64
+    assert batch.tokens.dtype == torch.int32
     assert batch.tokens.shape == (300, LENGTH + 1)
     starts = {"old": 0, "new": 10_000, "replay/other": 20_000}
     for tokens, (name, first) in zip(batch.tokens.tolist(), drawn(order, 300), strict=True):

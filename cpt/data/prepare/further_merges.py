@@ -108,8 +108,10 @@ class CutTexts:
 
     def _frequent_characters(self) -> list[str]:
         """Characters worth a piece of their own, the most frequent first."""
-        uncovered, chosen = sum(self._counts.values()), []
-        for character, count in sorted(self._counts.items(), key=lambda entry: (-entry[1], entry[0])):
+        # One of one byte, such as a line end, is a token already.
+        counts = {character: count for character, count in self._counts.items() if ord(character) >= 0x80}
+        uncovered, chosen = sum(counts.values()), []
+        for character, count in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])):
             if count < SMALLEST_COUNT or uncovered <= UNCOVERED_SHARE * self._num_characters:
                 break
             chosen.append(character)

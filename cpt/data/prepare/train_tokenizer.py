@@ -44,6 +44,7 @@ TAB_STAND_IN = "\u2409"
 TRAINER_SIGNS = str.maketrans({"\t": TAB_STAND_IN, "\u2585": "\u2586"})
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 END_OF_TEXT = "<|endoftext|>"
+DEFAULT_KIND = "sentencepiece"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def train_tokenizer(
     inputs: Sequence[str | Path],
     output: str | Path,
     vocabulary_size: int,
-    kind: str = "sentencepiece",
+    kind: str = DEFAULT_KIND,
     *,
     sample_bytes: int = 100_000_000,
     seed: int = 0,

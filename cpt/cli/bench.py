@@ -1,0 +1,55 @@
+"""Measure this project beside others that do the same job, on this machine.
+
+`cpt bench data` reads shuffled samples of one text with our loader and with each peer that is installed:
+megatron-core, litdata, mosaicml-streaming, datasets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from cpt.benchmarks.data import Settings, compare
+from cpt.benchmarks.table import as_json, as_lines
+from cpt.config import read_settings
+
+EXAMPLE = "cpt bench data --tokens 50M --batch 64,256 --json bench.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The one subcommand."""
+    commands = parser.add_subparsers(dest="bench_command", required=True, metavar="COMMAND")
+    data = commands.add_parser(
+        "data",
+        help="compare how fast samples of text are read",
+        description="Compare how fast samples of text are read.",
+        epilog=f"example: {EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    defaults = Settings()
+    data.add_argument("corpus", nargs="?", type=Path, metavar="CORPUS", help="text to read (default: random tokens)")
+    data.add_argument("--sequence-length", default=defaults.sequence_length, metavar="S", help="(default: %(default)s)")
+    data.add_argument(
+        "--batch",
+        default=",".join(map(str, defaults.batch)),
+        metavar="B,B",
+        help="samples at once, for readers that give batches; peers take the first (default: %(default)s)",
+    )
+    data.add_argument("--tokens", default="50M", metavar="N", help="length of the text that is read (default: 50M)")
+    data.add_argument("--order-tokens", default="1B", metavar="N", help="of the order whose start-up is timed (1B)")
+    data.add_argument("--repetitions", default=defaults.repetitions, metavar="N", help="(default: %(default)s)")
+    data.add_argument("--folder", type=Path, metavar="DIR", help="for large files, which go away again (default: /tmp)")
+    data.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print the tables."""
+    asked = ("sequence_length", "tokens", "order_tokens", "repetitions")
+    mapping = {name: getattr(arguments, name) for name in asked}
+    settings = read_settings(Settings, {**mapping, "batch": arguments.batch.split(",")})
+    result = compare(arguments.corpus, settings, arguments.folder)
+    print("\n".join(as_lines(result)))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(as_json(result), indent=2) + "\n", encoding="utf-8")
+    return 0
