@@ -10,7 +10,6 @@ stopped and taken up again therefore goes on as if nothing had happened.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import shutil
@@ -20,14 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpt.checkpoint import Checkpoint, Place, RunFolder, find_checkpoint
-from cpt.config import Fault, as_mapping, build, read_mapping, write_yaml
+from cpt.checkpoint import Place, RunFolder
+from cpt.config import build, write_yaml
 from cpt.data.check import open_corpora
 from cpt.data.corpus import Corpus
 from cpt.data.loader import Batch, Loader
 from cpt.data.order import StageOrder
+from cpt.data.prepare.tokenizers import Tokenizer
+from cpt.data.share_table import share_table
 from cpt.engine import Engine, StepResult
 from cpt.evaluation.held_out import HeldOut
+from cpt.evaluation.start_gate import StartGate
+from cpt.huggingface.load import read_folder
+from cpt.huggingface.start import oddities
 from cpt.lineage import chain, tree
 from cpt.lineage.ledger import Ledger
 from cpt.observe.journal import Journal
@@ -35,16 +39,14 @@ from cpt.observe.logs import log_to_file
 from cpt.observe.signals import StopRequest, listening_for_stop
 from cpt.observe.speed import find_peak
 from cpt.parallel.mesh import Mesh
-from cpt.parallel.seeds import derive_seed, seed_step
+from cpt.parallel.seeds import seed_step
 from cpt.progress import Progress
-from cpt.run import Run, Stage, differences
+from cpt.run import Run, Stage
+from cpt.run.beginning import TrainingError, open_gate, scores_of_parent, where_to_begin
+from cpt.run.stages import corpora_of, held_out_of, order_of, refuse_bad_stages
 from cpt_kernels import switch
 
 _log = logging.getLogger(__name__)
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on, and no setting is to blame; one line says why and where the last checkpoint is."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,14 @@ def train(run: Run, mesh: Mesh) -> Outcome:
     Raises Fault before anything is written if the settings cannot work, TrainingError if a step was not finite.
     """
     folder = RunFolder(run.output)
-    place, checkpoint, parent = _where_to_begin(run, folder, mesh)
+    place, checkpoint, parent = where_to_begin(run, folder, mesh)
     if place is None:
-        return Outcome(folder.path, _steps_of(run))
-    corpora = open_corpora(_corpora_of(run), run.model.vocabulary, run.parent.tokenizer if run.parent else None)
-    held_out = {n: HeldOut(p, run.sequence_length, run.evaluation.windows) for n, p in run.evaluation.held_out.items()}
-    _refuse_bad_stages(run, place)
+        return Outcome(folder.path, folder.steps_when_finished)
+    corpora = open_corpora(corpora_of(run), run.model.vocabulary, run.tokenizer, run.is_within_documents)
+    held_out = held_out_of(run)
+    refuse_bad_stages(run, place)
     kernels = switch.choose(run.kernels, mesh.device)
-    model = build(run.model, "Model", kernels)
+    model = build(run.model_before, "Model", kernels)
     engine = Engine(
         model,
         run.engine,
@@ -78,18 +80,24 @@ def train(run: Run, mesh: Mesh) -> Outcome:
         lambda groups: kernels.adamw(groups, 0.0, (run.optimizer.beta1, run.optimizer.beta2), run.optimizer.epsilon),
         decays=model.decays,
     )
-    if checkpoint is None:
-        engine.fill(lambda name, start, stop: model.initial_value(name, run.seed).reshape(-1)[start:stop])
-    else:
+    if checkpoint is not None:
         is_resumed = parent is None or place.progress.step > 0
-        keeps_moments = is_resumed or run.parent.optimizer_state == "keep"
+        keeps_moments = is_resumed or run.optimizer_state == "keep"
         engine.load(checkpoint, with_optimizer=keeps_moments, with_methods=is_resumed)
-    _prepare_folder(run, folder, mesh, parent, corpora)  # no earlier: a parent that does not fit leaves nothing behind
+    elif run.weights:
+        _, _, weights = read_folder(run.weights)
+        engine.fill(lambda name, start, stop: weights.reader(name).read(start, stop).float())
+        for line in oddities(run.weights, run.model, weights):
+            _log.warning("%s: %s", run.weights, line)
+    else:
+        engine.fill(lambda name, start, stop: model.initial_value(name, run.seed).reshape(-1)[start:stop], check=False)
     peak = find_peak(mesh.device, run.precision, run.log.peak_tflops)
-    _tell_what_was_built(run, mesh, model, kernels, peak.origin)
     flops = model.flops_per_token(run.sequence_length)
 
-    with listening_for_stop() as stop:
+    # No earlier: a parent that does not fit leaves nothing behind.
+    with folder.taken(mesh), listening_for_stop() as stop:
+        _prepare_folder(run, folder, mesh, parent, corpora)
+        _tell_what_was_built(run, mesh, model, kernels, peak.origin)
         journal = Journal(
             folder.path,
             mesh.is_first,
@@ -98,7 +106,11 @@ def train(run: Run, mesh: Mesh) -> Outcome:
             place.progress.tokens,
             run.log.every_steps,
         )
-        loop = _Loop(run, mesh, folder, engine, journal, held_out, stop, peak.flops * mesh.size, flops)
+        gate = open_gate(run, mesh, engine) if place.progress.step == 0 else None
+        scores_above = scores_of_parent(run, parent) if gate and parent else {}
+        loop = _Loop(
+            run, mesh, folder, engine, journal, held_out, gate, scores_above, stop, peak.flops * mesh.size, flops
+        )
         try:
             return loop.run_stages(place)
         finally:
@@ -115,6 +127,8 @@ class _Loop:
     engine: Engine
     journal: Journal
     held_out: dict[str, HeldOut]
+    gate: StartGate | None
+    scores_above: dict[str, dict[str, Any]]
     stop: StopRequest
     peak: float
     flops: float
@@ -122,10 +136,13 @@ class _Loop:
     def run_stages(self, place: Place) -> Outcome:
         """The outer loop, from `place` to the end of the run."""
         if place.progress.step == 0:
-            self._score(place.progress, "start", stage_end=False)
+            self._hold_against_parent(self._score(place.progress, "start", stage_end=False))
+            self._warm(place)
         for stage in self.run.stages[place.progress.stage :]:
-            order = _order_of(self.run, place)
-            place, was_stopped = self._run_steps(stage, order, place)
+            order = order_of(self.run, place)
+            self.engine.use_model_settings(self.run.model_of(place.progress.stage))
+            with self._open_loader(stage, order, place) as loader:
+                place, was_stopped = self._run_steps(stage, order, loader, place)
             if was_stopped:
                 _log.warning(
                     "asked to stop: saved at step %d; the same command goes on from there", place.progress.step
@@ -137,30 +154,33 @@ class _Loop:
         _log.info("finished at step %d: %s", place.progress.step, self.folder.path)
         return Outcome(self.folder.path, place.progress.step)
 
-    def _run_steps(self, stage: Stage, order: StageOrder, place: Place) -> tuple[Place, bool]:
+    def _run_steps(self, stage: Stage, order: StageOrder, loader: Loader, place: Place) -> tuple[Place, bool]:
         """The inner loop: the steps of `stage` from `place` on. The place after them; whether a signal ended them."""
         run, num_windows, num_tokens = self.run, self.run.batch.windows, self.run.tokens_a_step
         schedule = build(stage.schedule, "Schedule", stage.total_tokens, place.rate_before_stage)
-        loader = Loader(order, self.mesh.data_rank, self.mesh.data_size)
-        num_steps = run.num_steps(stage)
-        _tell_stage(stage, order, num_steps * num_windows)
-        for stage_step in range(place.progress.stage_step, num_steps):
+        is_last = False
+        while not is_last:
             started, progress = time.perf_counter(), place.progress
+            first_slot = progress.stage_tokens // run.sequence_length
             seed_step(run.seed, progress.step, self.mesh.rank)
-            batch = loader.batch(stage_step * num_windows, num_windows)
+            batch = loader.batch(first_slot, num_windows)
             rate = schedule.rate(progress)
             is_asked = self.stop.signal is not None
-            result = self.engine.step(batch.tokens, batch.sources, len(order.source_names), rate, progress, is_asked)
+            result = self.engine.step(
+                batch.tokens, batch.sources, len(order.source_names), rate, progress, is_asked, batch.starts
+            )
             if result.skipped or not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
                 self._refuse_to_go_on(progress, order, batch, result)
             place = place.after_step(num_tokens, rate, chain.lengthen(place.chain, order.identities(batch.windows)))
             self._record(stage, order, place, result, time.perf_counter() - started)
-            is_last = stage_step == num_steps - 1
+            if self.gate and (fault := self.gate.fault_after(place.progress.step)):
+                raise TrainingError(fault)
+            is_last = place.progress.stage_tokens >= stage.total_tokens
             if is_last:
                 self.engine.end_stage(place.progress)
             if is_last or place.progress.crosses(num_tokens, run.evaluation.every_tokens):
                 self._score(place.progress, stage.name, stage_end=is_last)
-            ledger = order.ledger_after((stage_step + 1) * num_windows)
+            ledger = order.ledger_after(first_slot + num_windows)
             if is_last:
                 place = place.at_next_stage(ledger)
             if is_last or result.stop_asked or place.progress.crosses(num_tokens, run.checkpoint.every_tokens):
@@ -168,6 +188,33 @@ class _Loop:
             if result.stop_asked and place.progress.stage < len(run.stages):
                 return place, True
         return place, False
+
+    def _warm(self, place: Place) -> None:
+        """Fill AdamW's moments at learning rate 0 on what the first stage begins with, if that is asked for."""
+        if not self.run.warm_steps:
+            return
+        stage, num_windows = self.run.stages[0], self.run.batch.windows
+        with self._open_loader(stage, order_of(self.run, place), place) as loader:
+            for step in range(self.run.warm_steps):
+                first_slot = step % self.run.num_steps(stage) * num_windows
+                batch = loader.batch(first_slot, num_windows)
+                self.engine.warm(batch.tokens, batch.sources, batch.starts)
+        _log.info("filled AdamW's moments with %d steps at learning rate 0", self.run.warm_steps)
+
+    def _open_loader(self, stage: Stage, order: StageOrder, place: Place) -> Loader:
+        """The reader of a stage's windows; tells what it will read."""
+        num_slots = self.run.num_slots(stage, place.progress.stage_tokens)
+        for line in share_table(order, num_slots):
+            _log.info("stage %s: %s", stage.name, line)
+        return Loader(
+            order,
+            self.mesh.data_rank,
+            self.mesh.data_size,
+            self.run.loader,
+            within_documents=self.run.is_within_documents,
+            pin=self.mesh.device.type == "cuda",
+            num_slots_in_stage=num_slots,
+        )
 
     def _record(self, stage: Stage, order: StageOrder, place: Place, result: StepResult, seconds: float) -> None:
         progress, num_tokens = place.progress, self.run.tokens_a_step
@@ -188,10 +235,10 @@ class _Loop:
         }
         self.journal.step(record, num_tokens)
         self.journal.order(
-            {"step": progress.step, "windows": progress.step * self.run.batch.windows, "chain": place.chain}
+            {"step": progress.step, "windows": progress.tokens // self.run.sequence_length, "chain": place.chain}
         )
 
-    def _score(self, progress: Progress, stage: str, stage_end: bool) -> None:
+    def _score(self, progress: Progress, stage: str, stage_end: bool) -> list[dict[str, Any]]:
         """Score all held-out sources; the answers are the same on all ranks, the first one writes them."""
         records = []
         for name, held_out in self.held_out.items():
@@ -210,6 +257,16 @@ class _Loop:
             )
         if records and progress.step not in self.journal.scored_steps:
             self.journal.scores(records)
+        return records
+
+    def _hold_against_parent(self, records: list[dict[str, Any]]) -> None:
+        """Raise TrainingError if a held-out loss before the first step is not the parent's last one."""
+        for record in records:
+            above = self.scores_above.get(record["source"])
+            if self.gate and above and above["evaluated_tokens"] == record["evaluated_tokens"]:
+                expected, origin = above["loss"], f"at the end of {self.run.parent.run}"
+                if fault := self.gate.fault_at_source(record["source"], record["loss"], expected, origin):
+                    raise TrainingError(fault)
 
     def _save(self, place: Place, ledger: Ledger) -> None:
         started = time.perf_counter()
@@ -251,86 +308,6 @@ class _Loop:
         )
 
 
-def _where_to_begin(
-    run: Run, folder: RunFolder, mesh: Mesh
-) -> tuple[Place | None, Checkpoint | None, tree.Parent | None]:
-    """Place, checkpoint to load (None: initial weights) and parent; the place is None if the run is finished."""
-    folder.refuse_other_contents()
-    if folder.is_run:
-        began = read_mapping([str(folder.path / "run.yaml")])
-        differing = differences(began, as_mapping(run))
-        if differing:
-            way_out = f"output = {folder.path} holds another run; name another output, or set these back:"
-            raise Fault([way_out, *differing])
-        if folder.is_finished:
-            _log.info("%s is finished; nothing to do", folder.path)
-            return None, None, None
-        checkpoint = folder.latest()
-        if checkpoint:
-            place = Place.from_json(checkpoint.state)
-            _log.info(
-                "going on from %s: step %d, %d tokens", checkpoint.folder, place.progress.step, place.progress.tokens
-            )
-            return place, checkpoint, None
-        _log.info("%s was begun but never saved; beginning again", folder.path)
-    if run.parent is None:
-        return Place(), None, None
-    above = RunFolder(run.parent.run)
-    if run.parent.at == "latest" and not above.is_finished:
-        raise Fault(
-            f"parent.run = {above.path} is not finished; start it again to let it finish, "
-            "or name a step: parent.at=STEP"
-        )
-    checkpoint = find_checkpoint(above.checkpoints, run.parent.at)
-    if checkpoint is None:
-        raise Fault(f"parent.run = {above.path} has no checkpoint")
-    place = Place.of_child(checkpoint.state)
-    from_there = checkpoint.state["progress"]
-    _log.info("a child of %s at step %d", above.path, from_there["step"])
-    return (
-        place,
-        checkpoint,
-        tree.Parent(above.path, from_there["step"], from_there["tokens"], checkpoint.state["rate"]),
-    )
-
-
-def _order_of(run: Run, place: Place) -> StageOrder:
-    """The order of the stage that `place` stands in."""
-    if place.progress.stage >= len(run.stages):
-        place = dataclasses.replace(place, progress=Progress(stage=len(run.stages) - 1))
-    stage = run.stages[place.progress.stage]
-    seed = derive_seed(run.seed, "stage", place.progress.stage)
-    return StageOrder(stage.sources, stage.replay, place.ledger_before_stage, run.sequence_length, seed)
-
-
-def _refuse_bad_stages(run: Run, place: Place) -> None:
-    """Raise Fault with what is wrong with any stage that is still to come, before anything is built.
-
-    What a stage may replay is known now, because what the stages before it will consume is.
-    """
-    faults: list[str] = []
-    for index in range(place.progress.stage, len(run.stages)):
-        try:
-            order = _order_of(run, dataclasses.replace(place, progress=Progress(stage=index)))
-        except Fault as fault:
-            faults.extend(f"stages.{index}: {line}" for line in fault.lines)
-            break  # what comes after it would be told wrongly
-        ledger = order.ledger_after(run.num_steps(run.stages[index]) * run.batch.windows)
-        place = dataclasses.replace(place, ledger_before_stage=ledger)
-    if faults:
-        raise Fault(faults)
-
-
-def _corpora_of(run: Run) -> dict[str, Path]:
-    """Every corpus of the run, by the setting that names it."""
-    sources = {
-        f"stages.{i}.sources.{name}": source.corpus
-        for i, stage in enumerate(run.stages)
-        for name, source in stage.sources.items()
-    }
-    return {**sources, **{f"evaluation.held_out.{name}": path for name, path in run.evaluation.held_out.items()}}
-
-
 def _prepare_folder(run: Run, folder: RunFolder, mesh: Mesh, parent: tree.Parent | None, corpora: list[Corpus]) -> None:
     """Make the folder with `run.yaml`, `lineage.json` and the tokenizer; start this rank's log file."""
     if mesh.is_first:
@@ -339,17 +316,15 @@ def _prepare_folder(run: Run, folder: RunFolder, mesh: Mesh, parent: tree.Parent
         write_yaml(run, folder.path / "run.yaml", "Every setting of this run; cpt train FILE starts the same again.")
         if not (folder.path / "lineage.json").is_file():
             tree.write_lineage(folder.path, parent)
-        tokenizer = next((c.tokenizer for c in corpora if c.tokenizer), run.parent.tokenizer if run.parent else None)
+        tokenizer = next((corpus.tokenizer for corpus in corpora if corpus.tokenizer), run.tokenizer)
         if tokenizer and not (folder.path / "tokenizer").is_dir():
             aside = folder.path / "tokenizer.aside"
             shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(tokenizer, aside).rename(folder.path / "tokenizer")
+            aside.mkdir()
+            Tokenizer.open(tokenizer).copy_to(aside)
+            aside.rename(folder.path / "tokenizer")
     mesh.wait()
     log_to_file(folder.path, mesh.rank)
-
-
-def _steps_of(run: Run) -> int:
-    return sum(run.num_steps(stage) for stage in run.stages)
 
 
 def _tell_what_was_built(run: Run, mesh: Mesh, model: Any, kernels: switch.Kernels, peak: str) -> None:
@@ -361,17 +336,3 @@ def _tell_what_was_built(run: Run, mesh: Mesh, model: Any, kernels: switch.Kerne
     )  # fmt: skip
     _log.info("kernels: %s", "; ".join(f"{operation}: {twin}" for operation, twin in kernels.told.items()))
     _log.info("MFU is told against %s, causal FLOP count", peak)
-
-
-def _tell_stage(stage: Stage, order: StageOrder, num_slots: int) -> None:
-    counts = dict(zip([*stage.sources, "replay"], order.mixture.counts(num_slots), strict=True))
-    length = order.sequence_length
-    told = [
-        f"{name} {counts[name] * length:,} tokens ({counts[name] * length / corpus.num_tokens:.2f} epochs)"
-        for name, corpus in zip(stage.sources, order.corpora, strict=False)
-    ]
-    if counts["replay"]:
-        told.append(
-            f"replay {counts['replay'] * length:,} tokens ({counts['replay'] / order.num_replayable:.2f} rounds)"
-        )
-    _log.info("stage %s: %s", stage.name, ", ".join(told))

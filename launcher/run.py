@@ -3,15 +3,13 @@
 Works from a checkout before any install: what lies beside this file comes first.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_ROOT), str(_ROOT / "launcher"), str(_ROOT / "kernels")]
 
-if sys.version_info < (3, 10):
+if sys.version_info < (3, 10):  # the words here are ones that an old Python reads, too
     sys.exit(f"cpt needs Python 3.10 or newer; this is {sys.version.split()[0]} ({sys.executable})")
 
 from cpt.cli import main  # noqa: E402 (after the path)

@@ -5,6 +5,7 @@ Those in configs/models are the part of a run that says the model; see tests/mod
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,16 @@ stages: [{name: a, tokens: 1, sources: {a: {corpus: a}}, schedule: {name: consta
 
 
 @pytest.fixture(scope="module")
+def released(tmp_path_factory) -> Path:
+    """The config.json of a model of TinyLlama's kind, without weights: reading settings needs none."""
+    folder = tmp_path_factory.mktemp("released")
+    lines = {"vocab_size": 32000, "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **lines}))
+    return folder
+
+
+@pytest.fixture(scope="module")
 def parent(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "parent"
     folder.mkdir()
@@ -40,9 +51,10 @@ def test_there_are_configs():
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_a_config_is_a_run_that_can_be_read(config, parent):
+def test_a_config_is_a_run_that_can_be_read(config, parent, released):
     said = read_mapping([str(ROOT / config)])
     words = [f"parent.run={parent}"] if "parent" in said else []
+    words += [f"model.from={released}"] if "from" in said.get("model", {}) else []
     run = read_run([str(ROOT / config), *words])
     assert run.output.parts[0] == "runs"
     assert run.total_tokens > 0

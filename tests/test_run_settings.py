@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from cpt.config import Fault, as_mapping, read_mapping, read_settings, write_yaml
-from cpt.run import Run, differences, read_run
+from cpt.run import Run, differences, in_full, read_run
 
 SMALLEST = """
 output: runs/a
@@ -25,9 +25,12 @@ stages:
 FULL = """
 output: runs/full
 seed: 7
-parent: {run: PARENT, at: 500, optimizer_state: keep}
+parent: {run: PARENT, at: 500}
+optimizer_state: keep
+gate: {windows: 2, tolerance: 0.1, largest_jump: 3}
 model: {name: llama, vocabulary: 100, width: 64, layers: 2, heads: 4, kv_heads: 2, rope_base: 5e5, tied: true}
 sequence_length: 64
+attention: across_documents
 batch: {windows: 24, micro_batch: 3}
 precision: fp32
 optimizer: {beta1: 0.8, beta2: 0.9, epsilon: 1e-6, weight_decay: 0, clip: 0.5}
@@ -43,7 +46,13 @@ stages:
 - name: first
   tokens: 300M
   sources: {no: {corpus: data/no, share: 1/3}, de: {corpus: ~/data/de, share: 66.5%}}
-  replay: {share: 25%, accounting: adds_to_new}
+  replay:
+    share: 25%
+    accounting: adds_to_new
+    from: [pile, prose]
+    declared: {pile: {corpus: /data/pile, tokens: 300B}}
+    capacity: 1M
+    ramp: {start: 1/2, tokens: 30M}
   schedule: {name: rewarm, peak: 3e-4, floor: 3e-5, warmup: 1%}
 - name: second
   tokens: 1.5B
@@ -99,7 +108,7 @@ def test_every_setting_of_the_full_run_differs_from_its_default(full):
     """So that a setting that were lost on the way through a file would be missed below."""
     alike = [f.name for f in dataclasses.fields(Run) if f.default is not dataclasses.MISSING
              and getattr(full, f.name) == f.default]  # fmt: skip
-    assert alike == []
+    assert alike == ["weights"]  # a run with a parent has none
 
 
 def test_a_run_survives_the_way_through_a_mapping(full):
@@ -281,7 +290,6 @@ def test_what_only_alters_how_a_step_is_computed_is_free_to_change(file, word):
     ("word", "told"),
     [
         ("seed=2", ["seed is 2, the run began with 1"]),
-        ("batch.windows=8", ["batch.windows is 8, the run began with 64"]),
         ("precision=fp32", ["precision is fp32, the run began with bf16"]),
         ("stages.0.tokens=5", ["stages.0.tokens is 5, the run began with 10000"]),
         ("stages.0.sources.prose.share=1/3", ["stages.0.sources.prose.share is 1/3, the run began with 1.0"]),
@@ -308,4 +316,57 @@ def test_a_setting_taken_away_is_told(file):
     assert differences(as_mapping(one), as_mapping(read_run([file(SMALLEST)]))) == [
         "stages.0.sources.more.corpus is not set, the run began with x",
         "stages.0.sources.more.share is not set, the run began with 1.0",
+            "stages.0.sources.more.hold_out is not set, the run began with 0.0",
     ]
+
+
+def test_a_child_may_change_one_setting_of_its_parents_model(file, tmp_path):
+    file(SMALLEST, "above/run.yaml")
+    run = read_run([file(CHILD), "model.longest_sequence=4096", f"parent.run={tmp_path / 'above'}"])
+    assert (run.model.longest_sequence, run.model.vocabulary) == (4096, 100)
+
+
+def test_a_child_in_its_parents_folder_is_refused(file, tmp_path):
+    file(SMALLEST, "above/run.yaml")
+    above = tmp_path / "above"
+    assert faults_of(file(SMALLEST), f"parent.run={above}", f"output={above}") == [
+        f"output = {above}: this is the parent's own folder; name another"
+    ]
+
+
+def test_the_same_method_twice_is_refused(file):
+    assert faults_of(file(SMALLEST), "methods=[reptile, {name: reptile, every: 5}]") == [
+        "methods: reptile is named more than once; they would share their state"
+    ]
+
+
+def test_held_out_text_that_means_two_things_is_refused(file):
+    words = ["stages.0.sources.prose.hold_out=1%", "evaluation.held_out.prose=data/x"]
+    assert faults_of(file(SMALLEST), *words) == [
+        "stages.0.sources.prose.hold_out: evaluation.held_out names other text prose; rename one of them"
+    ]
+    two = SMALLEST + SMALLEST[SMALLEST.index("- name") :].replace("name: prose", "name: again")
+    words = ["stages.0.sources.prose.hold_out=1%", "stages.1.sources.prose.hold_out=2%"]
+    assert faults_of(file(two), *words) == [
+        "stages.1.sources.prose.hold_out: an earlier stage holds out something else as prose; make them the same"
+    ]
+
+
+def test_a_ramp_longer_than_its_stage_is_refused(file):
+    words = ["stages.0.replay={share: 0.1, ramp: {start: 0.5, tokens: 10001}}"]
+    assert faults_of(file(SMALLEST), *words) == [
+        "stages.0.replay.ramp.tokens = 10001: the stage has 10000 in all; lower it"
+    ]
+
+
+def test_a_run_that_an_earlier_release_began_lacks_nothing(file):
+    plain, earlier = (as_mapping(read_run([file(SMALLEST)])) for _ in range(2))
+    del earlier["attention"], earlier["loader"]
+    del earlier["stages"][0]["sources"]["prose"]["hold_out"]
+    assert differences(in_full(earlier), plain) == []
+
+
+@pytest.mark.parametrize(("attention", "is_within"), [(None, True), ("across_documents", False)])
+def test_attention_is_the_models_own_custom_unless_told(file, attention, is_within):
+    words = [f"attention={attention}"] if attention else []
+    assert read_run([file(SMALLEST), *words]).is_within_documents == is_within

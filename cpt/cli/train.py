@@ -6,11 +6,9 @@ import argparse
 import os
 import sys
 
-import torch
-
 from cpt.config import Fault
 from cpt.observe.logs import log_to_terminal
-from cpt.parallel.mesh import open_mesh
+from cpt.parallel.mesh import num_gpus, open_mesh
 from cpt.run import read_run
 from cpt.train import TrainingError, train
 from cpt_launcher.rendezvous import find_rendezvous, pick_free_port
@@ -33,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         settings = read_run(arguments.settings)
         is_everybodys = False  # why a rank cannot meet the others, only it can tell
-        num_devices = torch.cuda.device_count()
+        num_devices = num_gpus()
         with open_mesh(
             settings.mesh,
             rank=place.rank,

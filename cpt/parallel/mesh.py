@@ -85,6 +85,11 @@ class Mesh:
         return bool(self.sum(torch.tensor(int(here), device=self.device)).item() > 0)
 
 
+def num_gpus() -> int:
+    """GPUs of this machine that may be used: none if DeepSpeed was told to stay on the CPU."""
+    return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+
+
 def threads_for(local_size: int) -> int:
     """CPU threads for one of `local_size` ranks of this machine: its share of the cores this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
@@ -99,13 +104,13 @@ def open_mesh(
 
     Raises Fault if the meeting point cannot be used: the port is taken, or the first rank cannot be reached.
     """
-    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    on_gpu = num_gpus() > 0
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(threads_for(local_size))
-    _settle_deepspeed(on_gpu, rank, size, local_rank, address, port)
+    _settle_deepspeed(on_gpu, rank, size, local_rank, local_size, address, port)
     timeout = datetime.timedelta(seconds=settings.timeout_seconds)
     # new_group() takes its time-out from here and not from the call below; DeepSpeed makes groups of its own.
     dist.distributed_c10d.default_pg_timeout = timeout
@@ -137,11 +142,14 @@ def open_mesh(
             dist.destroy_process_group()
 
 
-def _settle_deepspeed(on_gpu: bool, rank: int, size: int, local_rank: int, address: str, port: int) -> None:
+def _settle_deepspeed(
+    on_gpu: bool, rank: int, size: int, local_rank: int, local_size: int, address: str, port: int
+) -> None:
     """Tell DeepSpeed what it would otherwise look for, before it is imported."""
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    os.environ["LOCAL_SIZE"] = str(local_size)  # without it ZeRO-3 on a CPU calls numactl at every reduction
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed.ops

@@ -104,6 +104,14 @@ class Masters:
             # With zero_hpz_partition_size each node has a second copy, which would keep its old values too.
             self._outer.invalidate_secondary_tensor()
 
+    def differing(self, read: Callable[[str, int, int], torch.Tensor]) -> list[str]:
+        """Parameters here whose masters are not `read(name, start, stop)`, bit for bit."""
+        return [
+            piece.name
+            for piece in self.pieces
+            if not torch.equal(piece.values, read(piece.name, piece.start, piece.stop).to(piece.values))
+        ]
+
     def stale(self) -> list[str]:
         """Parameters here whose weights in the model are not their masters, rounded: none, after `refresh`."""
         found = []

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
-from cpt.checkpoint import Place, RunFolder, find_checkpoint
+from cpt.checkpoint import Place, RunFolder
 from cpt.config import Fault, build, name_of_choice
 from cpt.data.check import open_corpora
 from cpt.data.order import StageOrder
 from cpt.data.share_table import share_table
-from cpt.parallel.seeds import derive_seed
 from cpt.planning.memory import model_state
 from cpt.progress import Progress
 from cpt.run import Run, Stage
+from cpt.run.beginning import checkpoint_of_parent
+from cpt.run.stages import corpora_of, order_of, refuse_bad_stages
 
 _BARS = " ▁▂▃▄▅▆▇█"
 
@@ -23,33 +25,23 @@ def plan_lines(run: Run, num_ranks: int) -> Iterator[str]:
         raise Fault(f"--ranks = {num_ranks}: at least 1")
     RunFolder(run.output).refuse_other_contents()
     faults = run.batch.faults_on(num_ranks)
-    place = Place()
-    if run.parent:
-        checkpoint = find_checkpoint(RunFolder(run.parent.run).checkpoints, run.parent.at)
-        if checkpoint is None:
-            raise Fault(f"parent.run = {run.parent.run} has no checkpoint")
-        place = Place.of_child(checkpoint.state)
-    paths = {f"stages.{s.name}.sources.{n}": source.corpus for s in run.stages for n, source in s.sources.items()}
-    paths.update({f"evaluation.held_out.{n}": path for n, path in run.evaluation.held_out.items()})
     try:
-        open_corpora(paths, run.model.vocabulary, run.tokenizer, run.is_within_documents)
+        open_corpora(corpora_of(run), run.model.vocabulary, run.tokenizer, run.is_within_documents)
     except Fault as fault:
         faults.extend(fault.lines)
     if faults:
         raise Fault(faults)
+    place = Place.of_child(checkpoint_of_parent(run).state) if run.parent else Place()
+    refuse_bad_stages(run, place)
     yield from _model_lines(run, num_ranks)
-    for index, stage in enumerate(run.stages):
-        seed = derive_seed(run.seed, "stage", index)
-        order = StageOrder(stage.sources, stage.replay, place.ledger_before_stage, run.sequence_length, seed)
+    for stage in run.stages:
+        order = order_of(run, place)
         yield ""
-        shortages = order.faults_over(run.num_slots(stage))
-        if shortages:
-            raise Fault(f"stages.{index}.{line}" for line in shortages)
         yield from _stage_lines(run, stage, order, place.rate_before_stage)
         last = build(stage.schedule, "Schedule", stage.total_tokens, place.rate_before_stage).rate(
             Progress(stage_tokens=run.num_steps(stage) * run.tokens_a_step - run.tokens_a_step)
         )
-        place = Place(rate=last).at_next_stage(order.ledger_after(run.num_steps(stage) * run.batch.windows))
+        place = dataclasses.replace(place, rate=last).at_next_stage(order.ledger_after(run.num_slots(stage)))
 
 
 def _model_lines(run: Run, num_ranks: int) -> Iterator[str]:

@@ -29,11 +29,11 @@ def change_step(number: int, before=None, after=lambda result: result):
     def patch() -> None:
         step = Engine.step
 
-        def changed(engine, tokens, sources, num_sources, rate, progress, stop_asked=False):
+        def changed(engine, tokens, sources, num_sources, rate, progress, *rest):
             is_it = progress.step == number
             if is_it and before:
                 before(engine)
-            result = step(engine, tokens, sources, num_sources, rate, progress, stop_asked)
+            result = step(engine, tokens, sources, num_sources, rate, progress, *rest)
             return after(result) if is_it else result
 
         Engine.step = changed

@@ -119,10 +119,10 @@ def test_a_parent_of_another_shape_is_refused_and_leaves_nothing_behind(data, ba
 
 
 def test_moments_are_kept_from_a_parent_that_has_them(data, base, tmp_path):
-    config = of_child(data, tmp_path, base, parent={"run": str(base), "optimizer_state": "keep"})
+    config = of_child(data, tmp_path, base, optimizer_state="keep")
     runs.trained(config)
     kept = RunFolder(tmp_path / "child").latest().state["optimizer_updates"]
-    runs.trained(config, "parent.optimizer_state=reset", f"output={tmp_path / 'reset'}")
+    runs.trained(config, "optimizer_state=reset", f"output={tmp_path / 'reset'}")
     assert (kept, RunFolder(tmp_path / "reset").latest().state["optimizer_updates"]) == (23, 3)
 
 

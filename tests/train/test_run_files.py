@@ -86,8 +86,9 @@ def test_it_learns_and_the_losses_by_source_make_up_the_loss(base, child):
     assert records[-1]["loss"] < records[0]["loss"] - 0.3
     for record in runs.lines(child / "metrics.jsonl"):
         assert sorted(record["loss_by_source"]) == ["code", "replay/prose"]
-        mixed = 0.75 * record["loss_by_source"]["code"] + 0.25 * record["loss_by_source"]["replay/prose"]
-        assert mixed == pytest.approx(record["loss"], abs=1e-9)
+        code, prose = record["loss_by_source"]["code"], record["loss_by_source"]["replay/prose"]
+        # Of 72 and 24 targets a few do not count, because a document begins with them: at most one in every 20.
+        assert abs(code - prose) < 1e-3 or 0.7 < (record["loss"] - prose) / (code - prose) < 0.8
 
 
 def test_scores_stand_before_the_first_step_along_the_way_and_at_the_end(base, child):
@@ -116,7 +117,7 @@ def test_the_child_learned_code(child):
 def test_the_ledger_says_what_was_consumed_and_the_childs_goes_on_from_its_parents(base, child, data):
     above, below = (Ledger.from_json(json.loads((run / "ledger.json").read_text())) for run in (base, child))
     assert [(e.source, e.num_consumed) for e in above.entries] == [("prose", 20 * runs.WINDOWS)]
-    assert below.entries[0] == above.entries[0], "replay consumes nothing"
+    assert below.entries[0] == above.as_inherited().entries[0], "replay consumes nothing"
     assert [(e.source, e.num_consumed) for e in below.entries[1:]] == [("code", 12 * runs.WINDOWS)]
     assert above.entries[0].fingerprint == Corpus.open(data / "prose").fingerprint
     assert RunFolder(child).latest().state["ledger"] == below.as_json()

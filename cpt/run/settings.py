@@ -1,0 +1,271 @@
+"""What one YAML file says: a `Run` is the sum of all settings, each part defined beside the code that it steers."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+from cpt.config import Fault, build, chosen_from, name_of_choice
+from cpt.data import loader
+from cpt.data.replay import Replay
+from cpt.data.streams import Source
+from cpt.engine import settings as engine_settings
+from cpt.evaluation import held_out, start_gate
+from cpt.parallel import mesh
+from cpt_kernels import switch
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions from a stage on: what is named replaces the model's `rope_base`, `rope_scaling` (one of
+    cpt/models/rope_scaling) and `longest_sequence`; what is not stays.
+    """
+
+    base: float | None = None
+    scaling: Any | None = field(default=None, metadata=chosen_from("cpt.models.rope_scaling"))
+    longest_sequence: int | None = None
+
+    def faults(self) -> list[str]:
+        """Nothing changed."""
+        return [] if any(vars(self).values()) else ["names nothing: set base, scaling or longest_sequence"]
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The fields of a model's settings that it replaces."""
+        named = {"rope_base": self.base, "rope_scaling": self.scaling, "longest_sequence": self.longest_sequence}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of a run with its own sources, schedule and length.
+
+    `tokens` of all ranks, to train on; rounded up to whole steps. With `replay.accounting: adds_to_new` they are new
+    tokens, and replay comes on top.
+    """
+
+    name: str
+    tokens: int
+    sources: dict[str, Source]
+    schedule: Any = field(metadata=chosen_from("cpt.schedules"))
+    replay: Replay | None = None
+    rope: Rope | None = None
+
+    def faults(self) -> list[str]:
+        """A stage without sources or tokens, a schedule that does not fit into it."""
+        faults = [] if self.tokens >= 1 else [f"tokens = {self.tokens}: at least 1"]
+        if not self.sources:
+            faults.append("sources: name at least one, such as {code: {corpus: data/code}}")
+        if not faults and not (self.replay and self.replay.faults()):
+            ramp = self.replay.ramp if self.replay else None
+            if ramp and ramp.tokens > self.total_tokens:
+                faults.append(f"replay.ramp.tokens = {ramp.tokens}: the stage has {self.total_tokens} in all; lower it")
+            try:
+                build(self.schedule, "Schedule", self.total_tokens, 0.0)
+            except Fault as fault:
+                faults.extend(fault.lines)
+        return faults + [
+            f"sources.{name}: names that begin with replay/ are taken by replay"
+            for name in self.sources
+            if name.startswith("replay/")
+        ]
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens to train on, replayed ones included."""
+        return self.replay.total_tokens(self.tokens) if self.replay else self.tokens
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The run to continue, `at` a step or its latest checkpoint."""
+
+    run: Path
+    at: str = "latest"
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The tokenizer that the parent was trained with; None if it kept none."""
+        folder = self.run / "tokenizer"
+        return folder if folder.is_dir() and any(folder.iterdir()) else None
+
+    def faults(self) -> list[str]:
+        """A place that is no step."""
+        return [] if self.at == "latest" or self.at.isdigit() else [f"at = {self.at}: a step, or latest"]
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Saved at the end of every stage and when asked to stop, and every `every_tokens`; the newest `keep_last` stay."""
+
+    every_tokens: int | None = None
+    keep_last: int = 2
+
+    def faults(self) -> list[str]:
+        """Counts below one."""
+        faults = [] if self.keep_last >= 1 else [f"keep_last = {self.keep_last}: at least 1"]
+        if self.every_tokens is not None and self.every_tokens < 1:
+            faults.append(f"every_tokens = {self.every_tokens}: at least 1; leave it out to save at stage ends only")
+        return faults
+
+
+@dataclass(frozen=True)
+class Log:
+    """`every_steps`: which step lines are shown. `peak_tflops`: what MFU is measured against, None to find it."""
+
+    every_steps: int = 1
+    peak_tflops: float | None = None
+
+    def faults(self) -> list[str]:
+        """A count below one, a peak of nothing."""
+        faults = [] if self.every_steps >= 1 else [f"every_steps = {self.every_steps}: at least 1"]
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            faults.append(f"peak_tflops = {self.peak_tflops}: above 0; leave it out to have it found")
+        return faults
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training job. `output` is its folder; everything else says what is trained on what, and how.
+
+    `weights`: the Hugging Face folder that the model begins with, as `model: {from: FOLDER}` sets it.
+    `optimizer_state` of a run that begins from weights: AdamW's moments as the parent left them (`keep`), zeros
+    (`reset`), or filled by n steps at learning rate 0 on what the first stage begins with (`warm(n)`).
+    `attention`: whether a token sees the documents before its own in the window, and is trained to be foretold from
+    them; left out, the model's own custom.
+    """
+
+    output: Path
+    stages: tuple[Stage, ...]
+    seed: int = 1
+    parent: Parent | None = None
+    model: Any | None = field(default=None, metadata=chosen_from("cpt.models"))
+    weights: Path | None = None
+    optimizer_state: str = "reset"
+    gate: start_gate.Settings = field(default_factory=start_gate.Settings)
+    sequence_length: int = 2048
+    attention: Literal["within_document", "across_documents"] | None = None
+    batch: engine_settings.Batch = field(default_factory=engine_settings.Batch)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    optimizer: engine_settings.Optimizer = field(default_factory=engine_settings.Optimizer)
+    zero: Literal[0, 1, 2, 3] = 1
+    mesh: mesh.Settings = field(default_factory=mesh.Settings)
+    kernels: switch.Settings = field(default_factory=switch.Settings)
+    methods: tuple[Any, ...] = field(default=(), metadata=chosen_from("cpt.methods"))
+    evaluation: held_out.Settings = field(default_factory=held_out.Settings)
+    checkpoint: Checkpoints = field(default_factory=Checkpoints)
+    loader: loader.Settings = field(default_factory=loader.Settings)
+    log: Log = field(default_factory=Log)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def engine(self) -> engine_settings.Settings:
+        """The part that the engine reads."""
+        return engine_settings.Settings(self.precision, self.zero, self.batch, self.optimizer, self.deepspeed)
+
+    @property
+    def warm_steps(self) -> int:
+        """Steps at learning rate 0 before the first one, which fill AdamW's moments."""
+        found = re.fullmatch(r"warm\((\d+)\)", self.optimizer_state)
+        return int(found[1]) if found else 0
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder with the tokenizer of the weights that the run begins from, where that is known."""
+        if self.weights:
+            has_one = any((self.weights / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+            return self.weights if has_one else None
+        return self.parent.tokenizer if self.parent else None
+
+    @property
+    def tokens_a_step(self) -> int:
+        """Tokens of one step, all ranks together."""
+        return self.batch.windows * self.sequence_length
+
+    def model_of(self, stage: int) -> Any:
+        """The model's settings in the stage of that number: rotary positions as the stages up to it change them."""
+        changes = [s.rope.changes for s in self.stages[: stage + 1] if s.rope]
+        return dataclasses.replace(self.model, **{name: value for one in changes for name, value in one.items()})
+
+    @property
+    def model_before(self) -> Any:
+        """The model's settings before the first step: positions as it was given, but room for this run's windows."""
+        longest = max(self.model.longest_sequence, self.model_of(0).longest_sequence)
+        return dataclasses.replace(self.model, longest_sequence=longest)
+
+    @property
+    def is_within_documents(self) -> bool:
+        """Whether attention and loss stay within a document."""
+        if self.attention is None:
+            return not self.model.attends_across_documents
+        return self.attention == "within_document"
+
+    def num_steps(self, stage: Stage, tokens_done: int = 0) -> int:
+        """Whole steps that a stage's tokens take, or those that are left after `tokens_done`."""
+        return max(0, -(-(stage.total_tokens - tokens_done) // self.tokens_a_step))
+
+    def num_slots(self, stage: Stage, tokens_done: int = 0) -> int:
+        """Windows of a whole stage of which `tokens_done` are behind us, perhaps in steps of another size."""
+        return tokens_done // self.sequence_length + self.num_steps(stage, tokens_done) * self.batch.windows
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole run, in whole steps."""
+        return sum(self.num_steps(stage) for stage in self.stages) * self.tokens_a_step
+
+    def faults(self) -> list[str]:
+        """Contradictions between parts."""
+        faults = self.engine.faults()
+        if not self.stages:
+            faults.append("stages: name at least one")
+        names = [stage.name for stage in self.stages]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        faults.extend(f"stages: more than one is called {name}; give each its own name" for name in twice)
+        methods = [name_of_choice(method) for method in self.methods]
+        twice = sorted({name for name in methods if methods.count(name) > 1})
+        faults.extend(f"methods: {name} is named more than once; they would share their state" for name in twice)
+        if self.parent and self.parent.run.absolute() == self.output.absolute():
+            faults.append(f"output = {self.output}: this is the parent's own folder; name another")
+        faults.extend(self._faults_of_start())
+        if self.sequence_length < 2:
+            faults.append(f"sequence_length = {self.sequence_length}: at least 2")
+        longest = self.model_of(0).longest_sequence if self.model and self.stages else self.sequence_length
+        if self.sequence_length > longest:
+            faults.append(
+                f"sequence_length = {self.sequence_length}: the model takes up to {longest}; "
+                "lower it or raise model.longest_sequence"
+            )
+        faults.extend(self._faults_of_hold_outs())
+        if self.model is None:
+            faults.append(
+                "model is not set; name one, such as {name: llama, vocabulary: 32000}, or a parent to take it from"
+            )
+        return faults
+
+    def _faults_of_start(self) -> list[str]:
+        """Two origins of the weights, moments that cannot be had."""
+        faults = []
+        if self.parent and self.weights:
+            faults.append(f"parent.run = {self.parent.run} and weights = {self.weights}: a run begins from one of them")
+        if self.optimizer_state not in ("keep", "reset") and not self.warm_steps:
+            faults.append(f"optimizer_state = {self.optimizer_state}: keep, reset, or warm(n) with n steps, at least 1")
+        if self.optimizer_state == "keep" and self.weights:
+            faults.append("optimizer_state = keep: a Hugging Face folder holds no moments; use reset or warm(100)")
+        return faults
+
+    def _faults_of_hold_outs(self) -> list[str]:
+        """Names of held-out text that mean two things."""
+        held_out: dict[str, tuple[Path, Fraction]] = {}
+        faults = []
+        for index, stage in enumerate(self.stages):
+            for name, source in stage.sources.items():
+                where, is_held = f"stages.{index}.sources.{name}.hold_out", (source.corpus, source.hold_out)
+                if source.hold_out and name in self.evaluation.held_out:
+                    faults.append(f"{where}: evaluation.held_out names other text {name}; rename one of them")
+                elif source.hold_out and held_out.setdefault(name, is_held) != is_held:
+                    faults.append(f"{where}: an earlier stage holds out something else as {name}; make them the same")
+        return faults
