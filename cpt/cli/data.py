@@ -1,4 +1,4 @@
-"""Text to corpora: train a tokenizer, build a corpus, pack it, look into it, verify it.
+"""Text to corpora: train a tokenizer or extend one, build a corpus, pack it, look into it, verify it.
 
 Text comes as .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow or .txt files, as folders and globs of them, or as jsonl
 on standard input (named -). A build that was stopped or killed goes on when the same command is given again.
@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from cpt.config import Fault
 from cpt.data.prepare.build import build_corpus
 from cpt.data.prepare.build_report import BuildReport
+from cpt.data.prepare.extend_tokenizer import ExtensionReport, extend_tokenizer
 from cpt.data.prepare.inspect import Inspection, SampleText, inspect_corpus
 from cpt.data.prepare.pack import pack_corpus
 from cpt.data.prepare.tokenizers import ENGINES
-from cpt.data.prepare.train_tokenizer import TRAINERS, train_tokenizer
+from cpt.data.prepare.train_tokenizer import DEFAULT_KIND, TRAINERS, TokenizerReport, train_tokenizer
 from cpt.data.prepare.verify import verify_corpus
 
 EXAMPLE = "cpt data build articles/*.jsonl.gz --tokenizer tokenizer/ --output data/articles --workers 8 --holdout 1%"
@@ -66,11 +68,16 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
 
 def _add_tokenizer(commands: argparse._SubParsersAction) -> None:
     example = "cpt data tokenizer prose.jsonl code.jsonl --output tokenizer/ --vocab-size 8192"
-    parser = _add_command(commands, "tokenizer", "train a tokenizer from text", example, _train)
+    parser = _add_command(commands, "tokenizer", "train a tokenizer from text, or extend one", example, _train)
     _add_inputs(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write, new or empty")
-    parser.add_argument("--vocab-size", required=True, type=int, metavar="N", help="number of entries")
-    parser.add_argument("--kind", choices=tuple(TRAINERS), default="sentencepiece", help="(default: sentencepiece)")
+    parser.add_argument("--vocab-size", required=True, type=int, metavar="N", help="number of entries in all")
+    parser.add_argument("--kind", choices=tuple(TRAINERS), help=f"(default: {DEFAULT_KIND})")
+    parser.add_argument(
+        "--extend",
+        metavar="TOKENIZER",
+        help="learn further entries on top of this folder's, tokenizer.json's or tokenizer.model's; all its ids stay",
+    )
     parser.add_argument("--seed", type=int, default=0, help="draws the sample, if the text is long (default: 0)")
 
 
@@ -109,7 +116,12 @@ def _add_build(commands: argparse._SubParsersAction) -> None:
         help="begin anew; without, a build that was stopped goes on from CORPUS.partial, to the same bytes "
         "(text from standard input always begins anew)",
     )
-    parser.add_argument("--no-append-eos", action="store_true", help="put no end-of-document token after documents")
+    parser.add_argument(
+        "--append-eos",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="put an end-of-document token after documents (default: yes)",
+    )
     parser.add_argument("--prepend-bos", action="store_true", help="put a beginning-of-document token before documents")
     parser.add_argument(
         "--engine",
@@ -174,20 +186,28 @@ def _share(text: str) -> float:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    report = train_tokenizer(
-        arguments.inputs,
-        arguments.output,
-        arguments.vocab_size,
-        arguments.kind,
-        seed=arguments.seed,
-        text_key=arguments.text_key,
-        on_error=arguments.on_error,
-    )
-    learned_from = f"{report.num_documents:,} documents, {_size(report.num_bytes)} of text"
-    if report.sampled_bytes < report.num_bytes:
-        learned_from = f"a sample of {_size(report.sampled_bytes)} of {learned_from}"
-    print(f"trained {report.path}: {report.kind}, {report.vocabulary_size:,} entries, from {learned_from}")
+    what = (arguments.inputs, arguments.output, arguments.vocab_size)
+    how = {"seed": arguments.seed, "text_key": arguments.text_key, "on_error": arguments.on_error}
+    if arguments.extend is None:
+        report = train_tokenizer(*what, arguments.kind or DEFAULT_KIND, **how)
+        sizes = f"{report.kind}, {report.vocabulary_size:,} entries"
+        print(f"trained {report.path}: {sizes}, from {_learned_from(report)}")
+        return 0
+    if arguments.kind:
+        raise Fault(f"--kind = {arguments.kind}: an extended tokenizer is of the kind of {arguments.extend}; leave out")
+    extended = extend_tokenizer(arguments.extend, *what, **how)
+    sizes = f"{extended.old_size:,} entries and {extended.vocabulary_size - extended.old_size:,} further ones"
+    print(f"extended {extended.path}: {sizes}, from {_learned_from(extended)}")
+    rates = [extended.sampled_bytes / number for number in (extended.tokens_before, extended.tokens_after)]
+    print(f"bytes a token on this text: {rates[0]:.2f} before, {rates[1]:.2f} now")
     return 0
+
+
+def _learned_from(report: TokenizerReport | ExtensionReport) -> str:
+    text = f"{report.num_documents:,} documents, {_size(report.num_bytes)} of text"
+    if report.sampled_bytes == report.num_bytes:
+        return text
+    return f"a sample of {_size(report.sampled_bytes)} of {text}"
 
 
 def _build(arguments: argparse.Namespace) -> int:
@@ -197,7 +217,7 @@ def _build(arguments: argparse.Namespace) -> int:
         arguments.output,
         text_key=arguments.text_key,
         workers=arguments.workers,
-        append_eos=not arguments.no_append_eos,
+        append_eos=arguments.append_eos,
         prepend_bos=arguments.prepend_bos,
         holdout=arguments.holdout,
         shuffle_seed=arguments.shuffle_documents,

@@ -165,9 +165,10 @@ def _learn(old: Tokenizer, vocabulary: Vocabulary, texts: list[str], num_new: in
 def _write(old: Tokenizer, vocabulary: Vocabulary, learned: Learned, folder: Path) -> None:
     """The extended tokenizer's files, and of the others those that are still true."""
     for file in old.files:
-        if file == old.deciding_file:
-            extend = _write_json if old.usual_name == TOKENIZER_JSON else _write_model
-            extend(file, vocabulary, learned, folder / old.usual_name)
+        if file == old.deciding_file and old.usual_name == TOKENIZER_JSON:
+            _write_json(file, vocabulary, learned, folder / TOKENIZER_JSON)
+        elif file == old.deciding_file:
+            _write_model(read_proto(file), learned, folder / SENTENCEPIECE_MODEL)
         elif file.name == SENTENCEPIECE_MODEL:
             _write_other_model(file, vocabulary, learned, folder / SENTENCEPIECE_MODEL)
         elif file.name in _OLD_VOCABULARY:
@@ -196,11 +197,7 @@ def _merges_of_new(vocabulary: Vocabulary, learned: Learned) -> list[tuple[str, 
     return merges_of(learned.pieces, known | set(learned.pieces))
 
 
-def _write_model(file: Path, vocabulary: Vocabulary, learned: Learned, target: Path) -> None:
-    _extend_proto(read_proto(file), learned, target)
-
-
-def _extend_proto(proto: ModelProto, learned: Learned, target: Path) -> None:
+def _write_model(proto: ModelProto, learned: Learned, target: Path) -> None:
     lowest = min(piece.score for piece in proto.pieces if piece.type == Piece.NORMAL)
     for number, piece in enumerate(learned.pieces):
         proto.pieces.add(piece=piece, score=lowest - 1 - number, type=Piece.NORMAL)
@@ -216,7 +213,7 @@ def _write_other_model(file: Path, vocabulary: Vocabulary, learned: Learned, tar
         logger.warning("%s is left out: %s", file, fault)
         return
     if [piece.piece for piece in proto.pieces] == vocabulary.pieces:
-        _extend_proto(proto, learned, target)
+        _write_model(proto, learned, target)
     else:
         logger.warning("%s has other entries than %s beside it and is left out", file, TOKENIZER_JSON)
 

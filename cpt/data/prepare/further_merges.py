@@ -179,7 +179,7 @@ class CutTexts:
                 pieces.append(piece)
                 if len(pieces) == num_new:
                     break
-        return Learned(pieces, rules)
+        return Learned(pieces, list(dict.fromkeys(rules)))
 
     def _text_of(self, stand_ins: str) -> str:
         codes = map(ord, stand_ins)
