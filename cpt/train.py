@@ -30,8 +30,6 @@ from cpt.data.share_table import share_table
 from cpt.engine import Engine, StepResult
 from cpt.evaluation.held_out import HeldOut
 from cpt.evaluation.start_gate import StartGate
-from cpt.huggingface.load import read_folder
-from cpt.huggingface.start import oddities
 from cpt.lineage import chain, tree
 from cpt.lineage.ledger import Ledger
 from cpt.observe.journal import Journal
@@ -42,7 +40,7 @@ from cpt.parallel.mesh import Mesh
 from cpt.parallel.seeds import seed_step
 from cpt.progress import Progress
 from cpt.run import Run, Stage
-from cpt.run.beginning import TrainingError, open_gate, scores_of_parent, where_to_begin
+from cpt.run.beginning import TrainingError, open_gate, scores_of_parent, weights_of_folder, where_to_begin
 from cpt.run.stages import corpora_of, held_out_of, order_of, refuse_bad_stages
 from cpt_kernels import switch
 
@@ -85,10 +83,7 @@ def train(run: Run, mesh: Mesh) -> Outcome:
         keeps_moments = is_resumed or run.optimizer_state == "keep"
         engine.load(checkpoint, with_optimizer=keeps_moments, with_methods=is_resumed)
     elif run.weights:
-        _, _, weights = read_folder(run.weights)
-        engine.fill(lambda name, start, stop: weights.reader(name).read(start, stop).float())
-        for line in oddities(run.weights, run.model, weights):
-            _log.warning("%s: %s", run.weights, line)
+        engine.fill(weights_of_folder(run))
     else:
         engine.fill(lambda name, start, stop: model.initial_value(name, run.seed).reshape(-1)[start:stop], check=False)
     peak = find_peak(mesh.device, run.precision, run.log.peak_tflops)

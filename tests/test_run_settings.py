@@ -108,7 +108,7 @@ def test_every_setting_of_the_full_run_differs_from_its_default(full):
     """So that a setting that were lost on the way through a file would be missed below."""
     alike = [f.name for f in dataclasses.fields(Run) if f.default is not dataclasses.MISSING
              and getattr(full, f.name) == f.default]  # fmt: skip
-    assert alike == ["weights"]  # a run with a parent has none
+    assert alike == ["weights", "growth"]  # a run with a parent has none
 
 
 def test_a_run_survives_the_way_through_a_mapping(full):
@@ -316,7 +316,7 @@ def test_a_setting_taken_away_is_told(file):
     assert differences(as_mapping(one), as_mapping(read_run([file(SMALLEST)]))) == [
         "stages.0.sources.more.corpus is not set, the run began with x",
         "stages.0.sources.more.share is not set, the run began with 1.0",
-            "stages.0.sources.more.hold_out is not set, the run began with 0.0",
+        "stages.0.sources.more.hold_out is not set, the run began with 0.0",
     ]
 
 

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from cpt.benchmarks.measure import Spread
-from cpt.config import Fault
+from cpt.config import Fault, name_of_choice
 from cpt.huggingface import architectures
 from cpt.huggingface.export import write_json
 from cpt.huggingface.shards import INDEX, new_shards
 from cpt.huggingface.tensor_file import Writer, in_order
-from cpt.models import llama
+from cpt.models import llama, pythia
 
 _TINY = llama.Settings(vocabulary=64, width=16, layers=1, heads=2, mlp_width=24)
 SHAPES: dict[str, Any] = {
@@ -35,6 +35,7 @@ SHAPES: dict[str, Any] = {
     "llama-1.1b": llama.Settings(
         vocabulary=32000, width=2048, layers=22, heads=32, kv_heads=4, mlp_width=5632, longest_sequence=2048
     ),
+    "pythia-1.4b": pythia.Settings(vocabulary=50304, width=2048, layers=24, heads=16, mlp_width=8192),
     "llama-8b": llama.Settings(
         vocabulary=128256, width=4096, layers=32, heads=32, kv_heads=8, mlp_width=14336, rope_base=500000.0
     ),
@@ -119,7 +120,7 @@ def compare(settings: Settings, folder: Path | None = None) -> tuple[int, list[C
         if room < 3 * num_bytes:
             raise Fault(f"{work}: {3 * num_bytes / 1e9:.0f} GB are needed, {room / 1e9:.0f} GB are there")
         source, tiny = Path(work) / "source", Path(work) / "tiny"
-        write_random_folder(source, "llama", model)
+        write_random_folder(source, name_of_choice(model), model)
         write_random_folder(tiny, "llama", _TINY)
         taken: dict[str, list[tuple[float, float, float]]] = {}
         _read_all(source)

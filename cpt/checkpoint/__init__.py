@@ -3,6 +3,15 @@
 from cpt.checkpoint.place import Place
 from cpt.checkpoint.read import Checkpoint, find_checkpoint
 from cpt.checkpoint.run_folder import RunFolder
-from cpt.checkpoint.write import set_latest, step_folder, write_checkpoint
+from cpt.checkpoint.write import set_latest, step_folder, write_checkpoint, write_first
 
-__all__ = ["Checkpoint", "Place", "RunFolder", "find_checkpoint", "set_latest", "step_folder", "write_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Place",
+    "RunFolder",
+    "find_checkpoint",
+    "set_latest",
+    "step_folder",
+    "write_checkpoint",
+    "write_first",
+]

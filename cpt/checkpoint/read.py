@@ -86,6 +86,21 @@ class Checkpoint:
             raise Fault(f"{self.folder}: {kind} of {name} has {num_copied} of the {stop - start} elements asked for")
         return out
 
+    def places(self, kind: str, name: str) -> list[tuple[int, int, Path, str]]:
+        """(first element, last + 1, file, name in the file) of each piece of a parameter, by first element.
+
+        For a reader of its own, which holds less in memory than `read`. Raises Fault if pieces are missing.
+        """
+        tensor = self._tensors[kind][name]
+        stop = 0
+        for first, last, *_ in tensor["pieces"]:
+            if first != stop:
+                break
+            stop = last
+        if stop != math.prod(tensor["shape"]):
+            raise Fault(f"{self.folder}: {kind} of {name} lacks the elements from {stop} on")
+        return [(first, last, self.folder / file, key) for first, last, file, key in tensor["pieces"]]
+
     def weights(self) -> dict[str, torch.Tensor]:
         """The fp32 masters by name, each in its own shape, all in memory."""
         return {name: self.read("master", name).reshape(shape) for name, shape in self.shapes.items()}

@@ -12,6 +12,7 @@ A kind is `master`, `exp_avg`, `exp_avg_sq` or `method/NAME/KEY`. Nothing here d
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -66,6 +67,32 @@ def write_checkpoint(
             raise failure or OSError(f"{folder}: another rank could not write its part of the checkpoint")
 
 
+def write_first(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    fill: Callable[[Path, Mapping[str, str], Callable[[memoryview], object]], None],
+    state: Mapping[str, Any],
+) -> None:
+    """Write the checkpoint `folder` of weights that nothing was trained on yet: masters only, from one process.
+
+    `fill(path, keys, observe)` writes the file of pieces: the whole of each parameter, flattened, under the name
+    `keys[name]`. It may do so in pieces, which `write_checkpoint` cannot, and in a type that holds the fp32 masters
+    exactly. It calls `observe` with the file's bytes in their order.
+    Raises OSError if the disk does not take it; then nothing appeared.
+    """
+    aside, file = folder.with_name(f".{folder.name}.aside"), "pieces-00000.safetensors"
+    keys = {name: f"master|{name}|0" for name in shapes}
+    entries = [["master", name, list(shape), 0, math.prod(shape), file, keys[name]] for name, shape in shapes.items()]
+    _make_anew(aside)
+    try:
+        digest = xxhash.xxh3_128()
+        fill(aside / file, keys, digest.update)
+        (aside / "index-00000.json").write_text(json.dumps(entries), encoding="utf-8")
+        _finish(aside, folder, state, {file: digest.hexdigest()})
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def set_latest(checkpoints: Path, folder: Path) -> None:
     """Let `checkpoints/latest` name `folder`; before this it names the one before."""
     aside = checkpoints / ".latest.aside"
@@ -108,7 +135,8 @@ def _write_pieces(
     (aside / f"index-{mesh.rank:05d}.json").write_text(json.dumps(entries), encoding="utf-8")
 
 
-def _finish(aside: Path, folder: Path, state: Mapping[str, Any]) -> None:
+def _finish(aside: Path, folder: Path, state: Mapping[str, Any], known_sums: Mapping[str, str] | None = None) -> None:
+    """`known_sums`: checksums of files that need not be read again."""
     index: dict[str, Any] = {"format_version": FORMAT_VERSION, "tensors": {}}
     for part in sorted(aside.glob("index-*.json")):
         for kind, name, shape, start, stop, file, key in json.loads(part.read_text(encoding="utf-8")):
@@ -120,7 +148,8 @@ def _finish(aside: Path, folder: Path, state: Mapping[str, Any]) -> None:
             tensor["pieces"].sort()
     (aside / "index.json").write_text(json.dumps(index), encoding="utf-8")
     (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    sums = {path.name: checksum(path) for path in sorted(aside.iterdir())}
+    known = known_sums or {}
+    sums = {path.name: known.get(path.name) or checksum(path) for path in sorted(aside.iterdir())}
     (aside / "checksums.json").write_text(json.dumps(sums, indent=1), encoding="utf-8")
     for name in ("index.json", "state.json", "checksums.json"):
         _to_disk(aside / name)
@@ -133,10 +162,10 @@ def _finish(aside: Path, folder: Path, state: Mapping[str, Any]) -> None:
 
 def checksum(path: Path) -> str:
     """XXH3-128 of a file's bytes, in hex; reads in pieces of 4 MiB."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(1 << 22))
+    with path.open("rb", buffering=0) as file:
+        while num_read := file.readinto(buffer):
+            digest.update(buffer[:num_read])
     return digest.hexdigest()
 
 

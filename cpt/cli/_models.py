@@ -16,6 +16,9 @@ from cpt.config.choices import settings_of_choice
 from cpt.data.corpus import Corpus
 from cpt.data.shards import idx_path
 from cpt.huggingface.load import read_folder
+from cpt.huggingface.readers import Chained, Reader, whole
+from cpt.huggingface.tensor_file import open_file
+from cpt.run import model_after, stages_trained
 from cpt_kernels import switch
 
 
@@ -91,7 +94,7 @@ def _of_run(run: Path, checkpoint: Checkpoint) -> TrainedModel:
     plain = read_mapping([str(run / "run.yaml")])
     if not isinstance(plain.get("model"), dict):
         raise Fault(f"{run / 'run.yaml'} names no model; it is not as a run wrote it")
-    model = dict(plain["model"])
+    model = dict(model_after(plain, stages_trained(checkpoint.state["progress"])))
     settings = read_settings(settings_of_choice("cpt.models", model.pop("name")), model, "model")
     tokenizer = run / "tokenizer"
     return TrainedModel(
@@ -103,13 +106,28 @@ class _Masters(Mapping[str, torch.Tensor]):
     """The fp32 masters of a checkpoint by name."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+        self._checkpoint, self._shapes = checkpoint, checkpoint.shapes
+        self._files: dict[Path, Mapping[str, Reader]] = {}
+
+    def reader(self, name: str) -> Reader:
+        """Reads a master in pieces, however many ranks wrote it; an imported one in the type that it came in."""
+        places = self._checkpoint.places("master", name)
+        parts = [(first, last, self._file(file)[key]) for first, last, file, key in places]
+        return Chained(self._shapes[name], parts)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._checkpoint.read("master", name).reshape(self._checkpoint.shapes[name])
+        return whole(self.reader(name)).float()
+
+    def _file(self, file: Path) -> Mapping[str, Reader]:
+        if file not in self._files:
+            self._files[file], _ = open_file(file)
+        return self._files[file]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes  # a Mapping would read the weight to see
 
     def __iter__(self):
-        return iter(self._checkpoint.shapes)
+        return iter(self._shapes)
 
     def __len__(self) -> int:
-        return len(self._checkpoint.shapes)
+        return len(self._shapes)

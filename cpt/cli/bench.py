@@ -2,6 +2,7 @@
 
 `cpt bench data` reads shuffled samples of one text with our loader and with each peer that is installed:
 megatron-core, litdata, mosaicml-streaming, datasets.
+`cpt bench convert` imports and exports a Hugging Face folder of random weights, beside transformers' load and save.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
+from cpt.benchmarks import convert
 from cpt.benchmarks.data import Settings, compare
 from cpt.benchmarks.table import as_json, as_lines
 from cpt.config import read_settings
@@ -18,7 +20,7 @@ EXAMPLE = "cpt bench data --tokens 50M --batch 64,256 --json bench.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The one subcommand."""
+    """The subcommands."""
     commands = parser.add_subparsers(dest="bench_command", required=True, metavar="COMMAND")
     data = commands.add_parser(
         "data",
@@ -41,10 +43,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--repetitions", default=defaults.repetitions, metavar="N", help="(default: %(default)s)")
     data.add_argument("--folder", type=Path, metavar="DIR", help="for large files, which go away again (default: /tmp)")
     data.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    _add_convert(commands)
+
+
+def _add_convert(commands) -> None:
+    defaults = convert.Settings()
+    parser = commands.add_parser(
+        "convert",
+        help="compare how fast models are imported and exported, and in how much memory",
+        description="Compare how fast models are imported and exported, and in how much memory.",
+    )
+    parser.add_argument(
+        "--shape", default=defaults.shape, help=f"of {', '.join(convert.SHAPES)} (default: %(default)s)"
+    )
+    parser.add_argument("--repetitions", default=defaults.repetitions, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--no-transformers", action="store_true", help="which holds the whole model in memory")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="for large files, which go away again")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print the tables."""
+    return {"data": _data, "convert": _convert}[arguments.bench_command](arguments)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    mapping = {"shape": arguments.shape, "repetitions": arguments.repetitions}
+    settings = read_settings(convert.Settings, {**mapping, "transformers": not arguments.no_transformers})
+    result = convert.compare(settings, arguments.folder)
+    print("\n".join(convert.as_lines(settings, *result)))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(convert.as_json(settings, *result), indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _data(arguments: argparse.Namespace) -> int:
     asked = ("sequence_length", "tokens", "order_tokens", "repetitions")
     mapping = {name: getattr(arguments, name) for name in asked}
     settings = read_settings(Settings, {**mapping, "batch": arguments.batch.split(",")})

@@ -4,6 +4,6 @@ from cpt.huggingface.certificate import certify
 from cpt.huggingface.export import DTYPES
 from cpt.huggingface.load import read_folder
 from cpt.huggingface.publish import publish
-from cpt.huggingface.verify import verify
+from cpt.huggingface.verify import examine, verify
 
-__all__ = ["DTYPES", "certify", "publish", "read_folder", "verify"]
+__all__ = ["DTYPES", "certify", "examine", "publish", "read_folder", "verify"]

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from cpt.checkpoint import Checkpoint, Place, RunFolder, find_checkpoint
 from cpt.config import Fault, as_mapping, read_mapping
+from cpt.data.prepare.old_pieces import old_pieces
+from cpt.data.prepare.tokenizers import Tokenizer
 from cpt.engine import Engine
 from cpt.evaluation.held_out import HeldOut
 from cpt.evaluation.start_gate import StartGate
+from cpt.huggingface.load import read_folder
 from cpt.huggingface.probe import fitted
-from cpt.huggingface.start import loss_of_folder
+from cpt.huggingface.start import loss_of_folder, oddities
 from cpt.lineage import tree
+from cpt.models.growth import GrownWeights
 from cpt.observe.records import read_records
 from cpt.parallel.mesh import Mesh
 from cpt.run.reading import differences, in_full
@@ -82,6 +87,33 @@ def checkpoint_of_parent(run: Run) -> Checkpoint:
     return checkpoint
 
 
+def weights_of_folder(run: Run) -> Callable[[str, int, int], torch.Tensor]:
+    """Reads elements `start` to `stop` of a parameter, fp32, from the folder that the run begins with; grown if asked.
+
+    Tells what is odd about the folder.
+    """
+    _, settings, weights = read_folder(run.weights)
+    for line in oddities(run.weights, settings, weights):
+        _log.warning("%s: %s", run.weights, line)
+    if not run.growth:
+        return lambda name, start, stop: weights.reader(name).read(start, stop).float()
+    old, new = Tokenizer.open(run.weights), Tokenizer.open(run.growth.grow_to)
+    pieces = old_pieces(old, new)
+    _log.info("%d new tokens on %d, begun as %s", len(pieces), old.vocabulary_size, run.growth.init)
+    grown = GrownWeights(weights, run.growth.init, pieces, old.vocabulary_size, run.seed, num_rows=settings.vocabulary)
+    whole: dict[str, torch.Tensor] = {}  # the last of the two or fewer that grow, because making one takes all of it
+
+    def read(name: str, start: int, stop: int) -> torch.Tensor:
+        if not grown.is_grown(name):
+            return weights.reader(name).read(start, stop).float()
+        if name not in whole:
+            whole.clear()
+            whole[name] = grown[name].reshape(-1)
+        return whole[name][start:stop]
+
+    return read
+
+
 def open_gate(run: Run, mesh: Mesh, engine: Engine) -> StartGate | None:
     """The watch over a start from weights; None for a run that begins from none, or asks for no gate.
 
@@ -94,15 +126,28 @@ def open_gate(run: Run, mesh: Mesh, engine: Engine) -> StartGate | None:
     gate = StartGate(run.gate, lambda: text.score(engine.score, mesh, run.evaluation.micro_batch).loss)
     if run.weights:
         size = run.model.num_parameters
-        tokens = fitted(text.first_windows(run.gate.windows), size)
+        tokens = fitted(_in_old_tokens(run, text.first_windows(run.gate.windows)), size)
         found = float(engine.score(tokens).sum()) / tokens[:, 1:].numel()
         here = _told_loss(run, size, tokens) if mesh.is_first else 0.0
         expected = float(mesh.sum(torch.tensor(here, dtype=torch.float64, device=mesh.device)))
         if math.isnan(expected):
             raise TrainingError(f"{run.weights}: its loss could not be had; gate.windows=0 leaves the gate out")
-        if fault := gate.fault_at_source(str(path), found, expected, f"in {run.weights} under transformers"):
+        origin = f"in {run.weights} under transformers"
+        # New tokens take their part of every probability, rows of padding that are dropped give theirs back.
+        if run.growth and abs(found - expected) <= run.gate.largest_jump:
+            _log.info("start: loss on %s in old tokens %.4f, %s %.4f", path, found, origin, expected)
+        elif fault := gate.fault_at_source(str(path), found, expected, origin):
             raise TrainingError(fault)
     return gate
+
+
+def _in_old_tokens(run: Run, tokens: torch.Tensor) -> torch.Tensor:
+    """The text of windows [B, S + 1] as the folder's own tokenizer cuts it, if the run has another; as long as all."""
+    if not run.growth:
+        return tokens
+    old, new = Tokenizer.open(run.weights), Tokenizer.open(run.growth.grow_to)
+    cut = [torch.from_numpy(old.encode(new.decode(window)).astype("int64")) for window in tokens.tolist()]
+    return torch.stack([window[: min(map(len, cut))] for window in cut])[:, : tokens.shape[1]]
 
 
 def _told_loss(run: Run, size: int, tokens: torch.Tensor) -> float:

@@ -10,7 +10,9 @@ from typing import Any
 
 from cpt.checkpoint import step_folder
 from cpt.config import Fault, as_mapping, read_mapping, read_settings
+from cpt.data.prepare.tokenizers import Tokenizer
 from cpt.huggingface.load import read_config
+from cpt.models.growth import Growth
 from cpt.run.settings import Run
 
 
@@ -65,7 +67,16 @@ def _with_model_of_folder(mapping: dict[str, Any]) -> dict[str, Any]:
     folder = Path(os.path.expanduser(str(model["from"])))
     name, settings = read_config(folder)
     said = {key: value for key, value in model.items() if key != "from"}
-    return {**mapping, "model": {"name": name, **as_mapping(settings), **said}, "weights": str(folder)}
+    more: dict[str, Any] = {"weights": str(folder)}
+    if isinstance(said.get("vocabulary"), dict):
+        more["growth"] = said["vocabulary"]
+        growth = read_settings(Growth, said["vocabulary"], "model.vocabulary")
+        said["vocabulary"] = Tokenizer.open(growth.grow_to).vocabulary_size
+        if growth.train_new_rows_first:
+            first_row = Tokenizer.open(folder).vocabulary_size
+            waiting = {"name": "new_rows_first", "tokens": growth.train_new_rows_first, "first_row": first_row}
+            more["methods"] = [waiting, *(mapping.get("methods") or [])]  # first: the others see what it has put back
+    return {**mapping, **more, "model": {"name": name, **as_mapping(settings), **said}}
 
 
 def _with_inherited(above: dict[str, Any], mapping: dict[str, Any]) -> dict[str, Any]:

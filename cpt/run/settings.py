@@ -15,6 +15,7 @@ from cpt.data.replay import Replay
 from cpt.data.streams import Source
 from cpt.engine import settings as engine_settings
 from cpt.evaluation import held_out, start_gate
+from cpt.models.growth import Growth
 from cpt.parallel import mesh
 from cpt_kernels import switch
 
@@ -133,6 +134,7 @@ class Run:
     """One training job. `output` is its folder; everything else says what is trained on what, and how.
 
     `weights`: the Hugging Face folder that the model begins with, as `model: {from: FOLDER}` sets it.
+    `growth`: the larger vocabulary that it gets, as `model: {from: FOLDER, vocabulary: {grow_to: TOKENIZER}}` sets it.
     `optimizer_state` of a run that begins from weights: AdamW's moments as the parent left them (`keep`), zeros
     (`reset`), or filled by n steps at learning rate 0 on what the first stage begins with (`warm(n)`).
     `attention`: whether a token sees the documents before its own in the window, and is trained to be foretold from
@@ -145,6 +147,7 @@ class Run:
     parent: Parent | None = None
     model: Any | None = field(default=None, metadata=chosen_from("cpt.models"))
     weights: Path | None = None
+    growth: Growth | None = None
     optimizer_state: str = "reset"
     gate: start_gate.Settings = field(default_factory=start_gate.Settings)
     sequence_length: int = 2048
@@ -175,7 +178,9 @@ class Run:
 
     @property
     def tokenizer(self) -> Path | None:
-        """The folder with the tokenizer of the weights that the run begins from, where that is known."""
+        """The folder with the tokenizer of what the run begins from, if known; of what it grows to, if it does."""
+        if self.growth:
+            return self.growth.grow_to
         if self.weights:
             has_one = any((self.weights / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
             return self.weights if has_one else None
@@ -253,6 +258,8 @@ class Run:
             faults.append(f"parent.run = {self.parent.run} and weights = {self.weights}: a run begins from one of them")
         if self.optimizer_state not in ("keep", "reset") and not self.warm_steps:
             faults.append(f"optimizer_state = {self.optimizer_state}: keep, reset, or warm(n) with n steps, at least 1")
+        if self.growth and not self.weights:
+            faults.append("growth: only weights that are there can grow; name them as model: {from: FOLDER, ...}")
         if self.optimizer_state == "keep" and self.weights:
             faults.append("optimizer_state = keep: a Hugging Face folder holds no moments; use reset or warm(100)")
         return faults

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cpt.config.faults import Fault
-from cpt.huggingface import certify, publish, verify
+from cpt.huggingface import certify, probe, publish, verify
 from cpt.huggingface.architectures import llama as in_their_words
-from cpt.huggingface.publish import random_probe
+from cpt.huggingface.exported import Exported
+from cpt.huggingface.probe import random_probe
 from cpt.models.llama import Model, Settings
 from cpt_kernels import Settings as KernelSettings
 from cpt_kernels import choose
@@ -52,7 +53,7 @@ def change_config(folder: Path, **lines) -> None:
 
 
 def certify_again(weights: dict[str, torch.Tensor], folder: Path, settings: Settings = SMALL) -> dict:
-    return certify(weights, "llama", settings, folder, random_probe(131, 64), torch.float32)
+    return certify(Exported("llama", settings, weights, torch.float32), folder, random_probe(131, 64))
 
 
 def swap_rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -119,8 +120,8 @@ def test_a_folder_of_another_model_is_found(folders, weights, tmp_path):
     publish("llama", shallow, fewer, tmp_path / "shallow", dtype=torch.float32)
     lines = verify(good, tmp_path / "shallow")
     assert "config.json: num_hidden_layers: 1 in place of 2" in lines
-    assert f"tensor {QUERY}: only in the first folder" in lines
-    assert "tensor lm_head.weight: only in the first folder" not in lines
+    assert f"tensor {QUERY}: only in the first model" in lines
+    assert "tensor lm_head.weight: only in the first model" not in lines
 
 
 def test_another_tokenizer_is_found(folders):
@@ -132,16 +133,18 @@ def test_another_tokenizer_is_found(folders):
 
 def test_trained_weights_of_other_names_are_found(folders, weights):
     _, spoilt = folders
-    with pytest.raises(Fault, match=r"weight anchor is in the trained model or in the folder, not in both"):
+    with pytest.raises(Fault, match=r"weight anchor is not part of the model that the settings describe"):
         certify_again({**weights, "anchor": torch.zeros(1)}, spoilt)
 
 
 def test_names_mapped_wrongly_both_ways_are_found_by_the_probe(tmp_path, weights, monkeypatch):
     """Every tensor equals its twin then, and only transformers can tell that gate and up have changed places."""
     names = in_their_words._IN_A_BLOCK
-    swapped = {**names, "mlp.gate.weight": names["mlp.up.weight"], "mlp.up.weight": names["mlp.gate.weight"]}
+    swapped = {**names, "mlp.gate": names["mlp.up"], "mlp.up": names["mlp.gate"]}
     monkeypatch.setattr(in_their_words, "_IN_A_BLOCK", swapped)
-    with pytest.raises(Fault, match="transformers computes other logits than the trained model") as raised:
+    with pytest.raises(
+        Fault, match="transformers computes something else from the same tensors .*: the logits differ by up to"
+    ) as raised:
         publish("llama", SMALL, weights, tmp_path / "model", dtype=torch.float32)
     assert f"{tmp_path / 'model'}: " in str(raised.value)
     assert list(tmp_path.iterdir()) == []
@@ -149,14 +152,12 @@ def test_names_mapped_wrongly_both_ways_are_found_by_the_probe(tmp_path, weights
 
 def test_equal_logits_with_another_loss_do_not_pass(tmp_path, weights, monkeypatch):
     """The limit on the loss stands by itself: a small shift of all logits of one token escapes the one on logits."""
-    from cpt.huggingface import certificate
-
-    monkeypatch.setattr(certificate, "LARGEST_LOGIT_DIFFERENCE", float("inf"))
+    monkeypatch.setattr(probe, "LARGEST_LOGIT_DIFFERENCE", float("inf"))
     names = in_their_words._IN_A_BLOCK
-    swapped = {**names, "mlp.gate.weight": names["mlp.up.weight"], "mlp.up.weight": names["mlp.gate.weight"]}
+    swapped = {**names, "mlp.gate": names["mlp.up"], "mlp.up": names["mlp.gate"]}
     monkeypatch.setattr(in_their_words, "_IN_A_BLOCK", swapped)
     with pytest.raises(
-        Fault, match=r"loss under transformers is .*, of the trained model .*; allowed difference 0\.001"
+        Fault, match=r"something else from the same tensors .*: the losses are .* and .*; allowed difference 0\.001"
     ):
         publish("llama", SMALL, weights, tmp_path / "model", dtype=torch.float32)
 

@@ -6,14 +6,14 @@ import dataclasses
 import errno
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from cpt.config.faults import Fault
-from cpt.huggingface import export, publish, read_folder, verify
+from cpt.huggingface import publish, read_folder, verify
 from cpt.huggingface.architectures import llama as in_their_words
 from cpt.models.llama import Model, Settings
 from cpt_kernels import Settings as KernelSettings
@@ -233,16 +233,19 @@ def test_a_folder_without_a_tokenizer_is_refused_as_one(tmp_path):
     assert_nothing_left(tmp_path, "empty")
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
-                                   SafetensorError("No space left on device")])  # fmt: skip
-def test_a_full_disk_is_told_in_one_line_and_nothing_is_left(tmp_path, monkeypatch, error):
-    def full(tensors, path, metadata):
-        path.write_bytes(b"half")
-        raise error
+@pytest.mark.parametrize("call, at", [("pwrite", 2), ("fsync", 0)], ids=["while writing", "when all is written"])
+def test_a_full_disk_is_told_in_one_line_and_nothing_is_left(tmp_path, monkeypatch, call, at):
+    real, calls = getattr(os, call), []
 
-    monkeypatch.setattr(export, "save_file", full)
+    def full(*given):
+        calls.append(given)
+        if len(calls) > at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*given)
+
+    monkeypatch.setattr(os, call, full)
     with pytest.raises(Fault) as raised:
-        published(SMALL, tmp_path / "model")
+        published(SMALL, tmp_path / "model", max_shard_bytes=20_000)
     assert str(raised.value) == f"{tmp_path / 'model'} cannot be written: No space left on device"
     assert_nothing_left(tmp_path)
 
