@@ -104,4 +104,4 @@ def test_a_place_comes_back_from_json_as_it_was_and_a_child_begins_at_zero_with_
     place = Place(Progress(5, 500, 1, 2, 200), before, 1e-3, 5e-4, "ab" * 16)
     plain = json.loads(json.dumps(place.as_json(now)))
     assert Place.from_json(plain) == place
-    assert Place.of_child(plain) == Place(ledger_before_stage=now, rate_before_stage=5e-4, rate=5e-4)
+    assert Place.of_child(plain) == Place(ledger_before_stage=now.as_inherited(), rate_before_stage=5e-4, rate=5e-4)
