@@ -209,6 +209,7 @@ class _Loop:
             within_documents=self.run.is_within_documents,
             pin=self.mesh.device.type == "cuda",
             num_slots_in_stage=num_slots,
+            vocabulary=self.run.model.vocabulary,
         )
 
     def _record(self, stage: Stage, order: StageOrder, place: Place, result: StepResult, seconds: float) -> None:

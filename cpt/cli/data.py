@@ -12,6 +12,7 @@ from collections.abc import Callable
 from cpt.config import Fault
 from cpt.data.prepare.build import build_corpus
 from cpt.data.prepare.build_report import BuildReport
+from cpt.data.prepare.counted import counted
 from cpt.data.prepare.extend_tokenizer import ExtensionReport, extend_tokenizer
 from cpt.data.prepare.inspect import Inspection, SampleText, inspect_corpus
 from cpt.data.prepare.pack import pack_corpus
@@ -62,7 +63,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
-        help="what to do about a faulty line or file: stop, or skip and count it (default: stop)",
+        help="what to do about a faulty line or file: stop, or skip and count it; nothing is taken from a .gz or .zst "
+        "file that is damaged or has garbage behind (default: stop)",
     )
 
 
@@ -204,7 +206,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _learned_from(report: TokenizerReport | ExtensionReport) -> str:
-    text = f"{report.num_documents:,} documents, {_size(report.num_bytes)} of text"
+    text = f"{counted(report.num_documents, 'document')}, {_size(report.num_bytes)} of text"
     if report.sampled_bytes == report.num_bytes:
         return text
     return f"a sample of {_size(report.sampled_bytes)} of {text}"
@@ -238,7 +240,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
 def _summary(report: BuildReport) -> str:
     return (
-        f"{report.path}: {report.num_documents:,} documents, {report.num_tokens:,} tokens, "
+        f"{report.path}: {counted(report.num_documents, 'document')}, {counted(report.num_tokens, 'token')}, "
         f"{_size(report.num_bytes)} of text, {report.num_bytes / report.num_tokens:.2f} bytes a token"
     )
 
@@ -249,7 +251,7 @@ def _pack(arguments: argparse.Namespace) -> int:
     )
     length, count = f"{report.sequence_length:,}", report.num_documents
     print(
-        f"packed {report.path}: {report.num_bins:,} bins of {length} tokens, "
+        f"packed {report.path}: {counted(report.num_bins, 'bin')} of {length} tokens, "
         f"{report.num_padding / report.num_tokens:.2%} padding"
     )
     print(
@@ -265,9 +267,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _described(inspection: Inspection) -> list[str]:
-    shards = f"{inspection.num_shards} {'shard' if inspection.num_shards == 1 else 'shards'} of {inspection.dtype}"
-    counts = f"{inspection.num_documents:,} documents, {inspection.num_tokens:,} tokens in {shards}"
-    lines = [f"{inspection.name}: {counts}"]
+    documents, tokens = counted(inspection.num_documents, "document"), counted(inspection.num_tokens, "token")
+    shards = f"{counted(inspection.num_shards, 'shard')} of {inspection.dtype}"
+    lines = [f"{inspection.name}: {documents}, {tokens} in {shards}"]
     if inspection.num_bytes is not None:
         per_token = f", {inspection.bytes_per_token:.2f} bytes a token" if inspection.num_tokens else ""
         lines.append(f"text: {_size(inspection.num_bytes)}{per_token}")
@@ -285,7 +287,11 @@ def _described(inspection: Inspection) -> list[str]:
         ending = "[end of document]" if sample.has_end else "[no end of document]"
         lines += [
             "",
-            ", ".join(filter(None, (f"--- document {sample.document:,}, {sample.num_tokens:,} tokens", _rates(sample))))
+            ", ".join(
+                filter(
+                    None, (f"--- document {sample.document:,}, {counted(sample.num_tokens, 'token')}", _rates(sample))
+                )
+            )
             + " ---",
             sample.text + (ending if sample.is_whole else f" ... {ending}"),
         ]
@@ -302,7 +308,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     damage = found.damage
     for line in (*found.facts, *damage):
         print(line)
-    summary = f"{len(damage)} {'fault' if len(damage) == 1 else 'faults'} found" if damage else "no damage found"
+    summary = f"{counted(len(damage), 'fault')} found" if damage else "no damage found"
     print(f"{arguments.corpus}: {summary}")
     return 1 if damage else 0
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from cpt.config import Fault
 from cpt.data.corpus import Corpus
 from cpt.data.prepare.tokenizers import Tokenizer
@@ -46,3 +48,16 @@ def open_corpora(
     if faults:
         raise Fault(faults)
     return corpora
+
+
+def refuse_strange_ids(corpus: Corpus, first_tokens: np.ndarray, tokens: np.ndarray, vocabulary: int) -> None:
+    """Raise Fault for an id in `tokens` [B, L], read from `first_tokens` [B] on, that is not below the vocabulary."""
+    if not tokens.size or (tokens.min() >= 0 and tokens.max() < vocabulary):
+        return
+    row, column = np.argwhere((tokens < 0) | (tokens >= vocabulary))[0].tolist()
+    place = int(first_tokens[row]) + column
+    number = int(corpus.read(place, place + 1)[0])
+    raise Fault(
+        f"{corpus.path}: token {place:,} has the id {number:,}, model.vocabulary is {vocabulary:,}; name the corpus "
+        f"that goes with the model; cpt data verify {corpus.path} --vocabulary {vocabulary} reads all of it"
+    )

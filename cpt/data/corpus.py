@@ -25,7 +25,7 @@ import numpy as np
 import xxhash
 
 from cpt.config import Fault
-from cpt.data.raw_streams import RawStreams, fingerprint_of_index, open_raw_streams
+from cpt.data.raw_streams import RawStreams, fingerprint_of_prefix, open_raw_streams
 from cpt.data.shards import Shard, bin_path, idx_path
 from cpt.data.token_file import TokenFile
 
@@ -209,12 +209,12 @@ class Corpus:
     def fingerprint(self) -> str:
         """A hexadecimal name of the contents: of all shard checksums and the tokenizer.
 
-        For files without a manifest, which have no checksums, only of their sizes and beginnings.
+        For files without a manifest, which have no checksums, of their sizes and of samples all through them.
         """
         if self._raw:
             return self._raw.fingerprint
         if not self.manifest:
-            return fingerprint_of_index(self.path, bin_path(self.path).stat().st_size)
+            return fingerprint_of_prefix(self.path, [bin_path(self.path)])
         parts = [self.manifest.tokenizer_hash]
         parts += [checksum for entry in self.manifest.shards for checksum in (entry.bin_xxh64, entry.idx_xxh64)]
         return xxhash.xxh64("\n".join(parts).encode()).hexdigest()

@@ -22,6 +22,7 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
+from cpt.data.check import refuse_strange_ids
 from cpt.data.order import StageOrder, Windows
 from cpt.data.stalls import StallWatch
 
@@ -87,7 +88,8 @@ class Loader:
 
     `num_slots_in_stage`: where the stage ends. Up to there batches are read ahead, without it none are.
     `within_documents`: tell where documents begin. `pin`: into page-locked memory, for copies to a GPU that do not
-    wait. Use it as a context manager, or close it: its threads end then.
+    wait. `vocabulary`: a batch with another id than 0 .. vocabulary - 1 is a Fault. Use it as a context manager, or
+    close it: its threads end then.
     """
 
     def __init__(
@@ -99,9 +101,10 @@ class Loader:
         within_documents: bool = False,
         pin: bool = False,
         num_slots_in_stage: int | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         settings = settings or Settings()
-        self._reader = _Reader(order, rank, num_ranks, within_documents, pin, num_slots_in_stage)
+        self._reader = _Reader(order, rank, num_ranks, within_documents, pin, num_slots_in_stage, vocabulary)
         self._end = num_slots_in_stage
         self._prefetch = settings.prefetch if num_slots_in_stage is not None else 0
         self._num_workers = settings.workers if self._prefetch else 0
@@ -197,11 +200,18 @@ class _Reader:
     """What the threads share: makes the batch of a request."""
 
     def __init__(
-        self, order: StageOrder, rank: int, num_ranks: int, within_documents: bool, pin: bool, end: int | None
+        self,
+        order: StageOrder,
+        rank: int,
+        num_ranks: int,
+        within_documents: bool,
+        pin: bool,
+        end: int | None,
+        vocabulary: int | None,
     ) -> None:
         self._order, self._rank, self._num_ranks = order, rank, num_ranks
         self._within_documents, self._pin = within_documents, pin
-        self._end = end
+        self._end, self._vocabulary = end, vocabulary
         self.at_work: list[_Request] = []
         self._lock = threading.Lock()
         self._drawn_from = 0
@@ -226,11 +236,22 @@ class _Reader:
         shape = (number, self._order.sequence_length + 1)
         tokens = torch.empty(shape, dtype=torch.int32, pin_memory=self._pin)  # half of int64 to write and to send
         read_windows(self._order, stream, first_token, tokens.numpy(), tell)
+        if self._vocabulary is not None:
+            self._refuse_strange_ids(stream, first_token, tokens.numpy(), self._vocabulary)
         starts = None
         if self._within_documents:
             starts = torch.empty(shape, dtype=torch.bool, pin_memory=self._pin)
             _read_starts(self._order, stream, first_token, starts.numpy(), tell)
         return Batch(tokens, torch.from_numpy(stream), windows, starts)
+
+    def _refuse_strange_ids(
+        self, stream: np.ndarray, first_token: np.ndarray, tokens: np.ndarray, vocabulary: int
+    ) -> None:
+        """Raise Fault for ids that the model has not; only what we built ourselves is known to have none."""
+        for index, rows in _rows_by_source(stream):
+            corpus, rows = self._order.corpora[index], slice(None) if rows is None else rows
+            if corpus.vocabulary_size is None:
+                refuse_strange_ids(corpus, first_token[rows], tokens[rows], vocabulary)
 
     def _windows(self, first_slot: int, num_slots: int) -> Windows:
         with self._lock:

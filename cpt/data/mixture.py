@@ -28,7 +28,7 @@ class Mixture:
         if whole <= 0 or min(shares) < 0:
             raise ValueError(f"shares {[float(s) for s in shares]}: each at least 0, and not all of them 0")
         self.shares = [share / whole for share in shares]
-        self.period = math.lcm(*(share.denominator for share in self.shares))
+        self.period = period_of(self.shares)
         if self.period > LONGEST_PERIOD:
             raise ValueError(
                 f"shares {[float(s) for s in shares]} repeat only after {self.period} slots; "
@@ -55,6 +55,12 @@ class Mixture:
         turns, within = divmod(num_slots, self.period)
         in_part = np.bincount(self._pattern[:within], minlength=len(self._quotas))
         return [int(number) for number in turns * self._quotas + in_part]
+
+
+def period_of(shares: Sequence[Fraction]) -> int:
+    """After how many slots shares, relative to their sum, are all met exactly for the first time."""
+    whole = sum(shares, Fraction(0))
+    return math.lcm(*((share / whole).denominator for share in shares))
 
 
 def _tijdeman(quotas: list[int], period: int) -> np.ndarray:

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from threading import Lock
 
 import numpy as np
 
 from cpt.config import Fault
 from cpt.data.corpus import Corpus
-from cpt.data.mixture import Mixture
+from cpt.data.mixture import LONGEST_PERIOD, Mixture, period_of
 from cpt.data.ramp import RampedMixture
 from cpt.data.replay import Pool, Replay
 from cpt.data.streams import (
@@ -28,6 +27,7 @@ from cpt.data.streams import (
     declared_stream,
     new_stream,
     past_stream,
+    trained_tokens,
     with_names_of_their_own,
 )
 from cpt.lineage.ledger import Ledger
@@ -139,14 +139,24 @@ class StageOrder:
 
     def _mixture(self, faults: list[str]) -> Mixture | RampedMixture | None:
         shares, replay = [source.share for source in self._sources.values()], self._replay
-        total = sum(shares, Fraction(0)) or Fraction(1)
+        if not shares:
+            return None  # a fault of the settings, told there
+        total = sum(shares)
         try:
             if replay.ramp:
                 num_slots = -(-replay.ramp.tokens // self.sequence_length)
                 return RampedMixture(shares, replay.ramp.start, replay.share, num_slots)
-            return Mixture([share / total * (1 - replay.share) for share in shares] + [replay.share])
-        except ValueError as error:
-            faults.append(str(error))
+            together = [share / total * (1 - replay.share) for share in shares] + [replay.share]
+            if period_of(together) <= LONGEST_PERIOD:
+                return Mixture(together)
+            return RampedMixture(shares, replay.share, replay.share, num_slots=0)
+        except ValueError:
+            told = ", ".join(f"{name} {float(source.share):g}" for name, source in self._sources.items())
+            faults.append(
+                f"sources: the shares {told} (together {float(total):g}) repeat only after {period_of(shares):,} "
+                f"windows, and can be kept exactly up to {LONGEST_PERIOD:,}; write them with fewer digits, or "
+                "let them sum to 1"
+            )
             return None
 
     def _past_streams(self, faults: list[str]) -> list[Stream]:
@@ -166,11 +176,27 @@ class StageOrder:
                 "replay.share is above 0, but the lineage has consumed nothing yet; name a parent, declare in "
                 "replay.declared what the model saw elsewhere, or leave replay out"
             )
-        past = [(past_stream, e, self.sequence_length, at_hand) for e in entries.values() if replay.takes(e.source)]
-        elsewhere = [
-            (declared_stream, n, d, self.sequence_length) for n, d in replay.declared.items() if replay.takes(n)
-        ]
-        return self._made(faults, *past, *elsewhere)
+        declared = {name: seen for name, seen in replay.declared.items() if replay.takes(name)}
+        elsewhere = self._made(
+            faults, *((declared_stream, n, d, self.sequence_length, self._held_out_from()) for n, d in declared.items())
+        )
+        # A declared corpus that the ledger has too only says where it lies now.
+        at_hand.update({stream.corpus.fingerprint: stream.corpus for stream in elsewhere})
+        past = self._made(
+            faults,
+            *((past_stream, e, self.sequence_length, at_hand) for e in entries.values() if replay.takes(e.source)),
+        )
+        known_again = {stream.corpus.fingerprint for stream in past}
+        return [*past, *(stream for stream in elsewhere if stream.corpus.fingerprint not in known_again)]
+
+    def _held_out_from(self) -> dict[str, int]:
+        """By fingerprint the first token that the lineage or this stage holds out, if it holds out anything."""
+        limits = {e.fingerprint: (e.num_windows + 1) * e.sequence_length for e in self._ledger.entries}
+        for stream in self._new:
+            hold_out = self._sources[stream.name].hold_out
+            if hold_out:
+                limits[stream.corpus.fingerprint] = trained_tokens(stream.corpus, self.sequence_length, hold_out)
+        return limits
 
     @staticmethod
     def _made(faults: list[str], *calls: tuple[Callable[..., Stream], ...]) -> list[Stream]:

@@ -1,32 +1,30 @@
-"""A replay share that moves in steps over the beginning of a stage: more, or less, replay while the shift is fresh.
+"""A replay share that moves over the beginning of a stage: more, or less, replay while the shift is fresh.
 
-share of replay   start |#
-                        |###
-                        |#####
-                  share |###############     every step is a whole number of periods of its mixture, so that each
-                        +--- ramp ---------> step begins with no source ahead of or behind its share
+    share of replay   start |\\
+                            |  \\
+                      share |    `----------     replayed among the first n slots: the area below the line, rounded;
+                            +-ramp-> slots       what is left goes to the new sources, by their own mixture
+
+Two levels, each exact: of any prefix, replay has its share to within half a window, and each new source its share of
+the new windows to within one. Nothing is stored but the mixture of the new sources.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 
-from cpt.data.mixture import LONGEST_PERIOD, Mixture
-
-_NUM_STEPS = (16, 8, 4, 2, 1)
+from cpt.data.mixture import Mixture
 
 
 @dataclass(frozen=True)
 class Ramp:
-    """The replay share goes from `start` to its own value over the first `tokens` of the stage, in up to 16 steps.
+    """The replay share goes in a straight line from `start` to its own value over the first `tokens` of the stage.
 
-    `tokens` count replayed ones too. The share of each step is the ramp's mean over it; a step is rounded to whole
-    periods of its mixture of sources.
+    `tokens` count replayed ones too.
     """
 
     start: Fraction
@@ -41,17 +39,15 @@ class Ramp:
 class RampedMixture:
     """A `Mixture` of new sources and, last, replay, whose share moves from `start` to `replay_share`.
 
-    `shares`: of the new sources, relative to their sum; `num_slots`: how long the ramp is. Has the methods of
-    `Mixture`, and `shares` is what it comes to in the end. Raises ValueError as `Mixture` does.
+    `shares`: of the new sources, relative to their sum; `num_slots`: how long the ramp is, 0 for none. Has the methods
+    of `Mixture`, and `shares` is what it comes to in the end. Raises ValueError as `Mixture` does.
     """
 
     def __init__(self, shares: Sequence[Fraction], start: Fraction, replay_share: Fraction, num_slots: int) -> None:
-        of_steps, lengths = _steps(shares, start, replay_share, num_slots)
-        self._mixtures = [Mixture(_with_replay(shares, share)) for share in [*of_steps, replay_share]]
-        self._starts = np.cumsum([0, *lengths])  # first slot of each mixture
-        counts = [mixture.counts(length) for mixture, length in zip(self._mixtures, lengths, strict=False)]
-        self._before = np.cumsum([[0] * (len(shares) + 1), *counts], axis=0)  # draws of each source before a mixture
-        self.shares = self._mixtures[-1].shares
+        self._new = Mixture(shares)
+        self._start, self._end, self._num_slots = start, replay_share, num_slots
+        self._at_end = (start + replay_share) / 2 * num_slots  # replayed when the ramp ends, not rounded
+        self.shares = [share * (1 - replay_share) for share in self._new.shares] + [replay_share]
 
     def sources(self, slots: np.ndarray) -> np.ndarray:
         """The source [n] that each of these slots [n] draws from."""
@@ -63,41 +59,38 @@ class RampedMixture:
 
     def counts(self, num_slots: int) -> list[int]:
         """How often each source is drawn in the first `num_slots` slots."""
-        step = max(0, int(np.searchsorted(self._starts, num_slots, side="right")) - 1)
-        within = self._mixtures[step].counts(num_slots - int(self._starts[step]))
-        return [int(before) + number for before, number in zip(self._before[step], within, strict=True)]
+        replayed = int(self._replayed(np.array([num_slots]))[0])
+        return [*self._new.counts(num_slots - replayed), replayed]
 
     def _look_up(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        step = np.searchsorted(self._starts, slots, side="right") - 1
-        sources, draws = np.empty_like(slots), np.empty_like(slots)
-        for index in np.unique(step).tolist():
-            at = step == index
-            within = slots[at] - self._starts[index]
-            sources[at] = self._mixtures[index].sources(within)
-            draws[at] = self._mixtures[index].draws(within) + self._before[index][sources[at]]
+        before = self._replayed(slots)
+        is_new = self._replayed(slots + 1) == before
+        sources, draws = np.full(len(slots), len(self._new.shares), dtype=np.int64), before.copy()
+        of_new = (slots - before)[is_new]
+        sources[is_new], draws[is_new] = self._new.sources(of_new), self._new.draws(of_new)
         return sources, draws
 
-
-def _steps(
-    shares: Sequence[Fraction], start: Fraction, replay_share: Fraction, num_slots: int
-) -> tuple[list[Fraction], list[int]]:
-    """Replay share and length in slots of each step: as many steps as the periods of their mixtures leave room for."""
-    for number in _NUM_STEPS:
-        of_steps = [start + (replay_share - start) * Fraction(2 * step + 1, 2 * number) for step in range(number)]
-        periods = [_period(_with_replay(shares, share)) for share in of_steps]
-        if sum(periods) <= min(num_slots, LONGEST_PERIOD):
-            break
-    lengths: list[int] = []
-    for step, period in enumerate(periods, start=1):
-        missing = num_slots * step / len(of_steps) - sum(lengths)
-        lengths.append(max(1, round(missing / period)) * period)
-    return of_steps, lengths
-
-
-def _with_replay(shares: Sequence[Fraction], replay_share: Fraction) -> list[Fraction]:
-    whole = sum(shares, Fraction(0))
-    return [share / whole * (1 - replay_share) for share in shares] + [replay_share]
+    def _replayed(self, numbers: np.ndarray) -> np.ndarray:
+        """How many of the first n slots are replayed, for these n [n]."""
+        on_ramp = np.minimum(numbers, self._num_slots)
+        if not self._num_slots or int(on_ramp.min(initial=self._num_slots)) == self._num_slots:
+            return _rounded(self._end, numbers - self._num_slots, self._at_end)
+        # Whole numbers of any size: the square of a slot times the denominators of both shares exceeds 64 bits.
+        exact = on_ramp.astype(object)
+        slope = (self._end - self._start) / (2 * self._num_slots)
+        scale = slope.denominator * self._start.denominator
+        area = exact * exact * int(slope * scale) + exact * int(self._start * scale)
+        replayed = ((2 * area + scale) // (2 * scale)).astype(np.int64)
+        beyond = numbers > self._num_slots
+        replayed[beyond] = _rounded(self._end, numbers[beyond] - self._num_slots, self._at_end)
+        return replayed
 
 
-def _period(shares: Sequence[Fraction]) -> int:
-    return math.lcm(*(share.denominator for share in shares))
+def _rounded(share: Fraction, numbers: np.ndarray, offset: Fraction) -> np.ndarray:
+    """offset + share x numbers, to the nearest whole number, halves up."""
+    whole, part = divmod(offset + Fraction(1, 2), 1)
+    scale = share.denominator * part.denominator
+    # In turns of the share's denominator, so that products stay small however many slots there are.
+    turns, within = np.divmod(numbers, share.denominator)
+    inside = (within * (share.numerator * part.denominator) + int(part * scale)) // scale
+    return int(whole) + turns * share.numerator + inside

@@ -183,7 +183,7 @@ def _priorities(entries: Sequence[Entry]) -> Iterator[tuple[int, np.ndarray]]:
     place = 0
     for entry in entries:
         for epoch, start, stop in entry.intervals():
-            key = np.uint64(derive_seed(entry.seed, "reservoir", epoch))
+            key = np.uint64(derive_seed(entry.fingerprint, entry.seed, "reservoir", epoch))
             for first in range(start, stop, _WINDOWS_AT_ONCE):
                 last = min(stop, first + _WINDOWS_AT_ONCE)
                 yield place, _mix(np.arange(first, last, dtype=np.uint64) + key)

@@ -5,7 +5,9 @@ A `Stream` is a corpus with its ledger entry: number, order and seed of its wind
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -52,6 +54,7 @@ class Stream:
     entry: Entry
     corpus: Corpus
     first_draw: int = 0  # draws of the endless order that the lineage had made before this stage
+    epochs_elsewhere: Fraction = Fraction(0)  # what the lineage has read of the corpus in windows of other lengths
 
     def first_tokens(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         """The first token of the windows [n] at these positions [n] of an epoch's order."""
@@ -64,8 +67,15 @@ class Stream:
         entry = self.entry
         in_all = entry.num_consumed + number
         if source.max_epochs is not None:
-            most = int(source.max_epochs * entry.num_windows)
+            most = int((source.max_epochs - self.epochs_elsewhere) * entry.num_windows)
             limit, way_out = f"max_epochs = {float(source.max_epochs):g}", "raise max_epochs"
+        elif self.epochs_elsewhere:
+            again = math.ceil(self.epochs_elsewhere + Fraction(in_all, entry.num_windows))
+            return (
+                f"sources.{self.name}: the lineage has read {float(self.epochs_elsewhere):.2f} epochs of it in windows "
+                f"of another length, and which of its text is new cannot be told from these; set max_epochs = {again} "
+                "to read it all the same, or sequence_length back"
+            )
         else:
             most = -(-entry.num_inherited // entry.num_windows) * entry.num_windows or in_all
             again = -(-in_all // entry.num_windows)
@@ -82,28 +92,53 @@ class Stream:
 def new_stream(name: str, source: Source, ledger: Ledger, sequence_length: int, stage_seed: int) -> Stream:
     """A source of a stage, from where the lineage stopped reading it. Raises Fault if it is not there or too short."""
     corpus = Corpus.open(source.corpus)
-    if corpus.packed_length not in (None, sequence_length):
-        raise Fault(
-            f"{source.corpus} was packed for sequence_length {corpus.packed_length}, not {sequence_length}; set that, "
-            "or pack the corpus again"
-        )
+    _refuse_other_bins(str(source.corpus), corpus, sequence_length)
     num_windows = windows_an_epoch(corpus, sequence_length, source.hold_out)
     if num_windows < 1:
         raise Fault(
             f"{source.corpus} holds {corpus.num_tokens} tokens{' in all' if source.hold_out else ''}, less than two "
             f"windows of {sequence_length + 1}; lower sequence_length or add text"
         )
+    place = os.path.abspath(source.corpus)  # a descendant may be started in another folder
+    of_corpus = [entry for entry in ledger.entries if entry.fingerprint == corpus.fingerprint]
+    elsewhere = [entry for entry in of_corpus if entry.sequence_length != sequence_length]
+    _refuse_part_held_out(name, source, corpus, sequence_length, elsewhere)
     entry = ledger.find(corpus.fingerprint, sequence_length)
     if entry is None:
         seed = derive_seed(stage_seed, name)
-        entry = Entry(name, str(source.corpus), corpus.fingerprint, sequence_length, seed, num_windows)
+        entry = Entry(name, place, corpus.fingerprint, sequence_length, seed, num_windows)
     if entry.num_windows != num_windows:
         raise Fault(
             f"sources.{name}.hold_out = {float(source.hold_out)}: the lineage consumed {source.corpus} with another "
             f"part held out ({entry.num_windows} windows an epoch, now {num_windows}); set it back"
         )
-    entry = replace(entry, corpus=str(source.corpus))  # it may have been moved since
-    return Stream(name, entry, corpus, first_draw=entry.num_consumed)
+    entry = replace(entry, corpus=place)  # it may have been moved since
+    epochs_elsewhere = sum((Fraction(e.num_consumed, e.num_windows) for e in elsewhere), Fraction(0))
+    return Stream(name, entry, corpus, entry.num_consumed, epochs_elsewhere)
+
+
+def _refuse_part_held_out(
+    name: str, source: Source, corpus: Corpus, sequence_length: int, elsewhere: Sequence[Entry]
+) -> None:
+    """Raise Fault if what the lineage held out when it cut the corpus into other windows would be trained on now."""
+    stop = trained_tokens(corpus, sequence_length, source.hold_out)
+    for entry in elsewhere:
+        trained = (entry.num_windows + 2) * entry.sequence_length
+        if stop > trained:
+            raise Fault(
+                f"sources.{name}: the lineage held out what lies behind token {trained:,} of {source.corpus} when it "
+                f"read it at sequence_length {entry.sequence_length}; set hold_out = "
+                f"{1 - trained / corpus.num_tokens:.4f} or more"
+            )
+
+
+def _refuse_other_bins(where: str, corpus: Corpus, sequence_length: int) -> None:
+    """Raise Fault if a packed corpus has bins of another length than the windows."""
+    if corpus.packed_length not in (None, sequence_length):
+        raise Fault(
+            f"{where} was packed for sequence_length {corpus.packed_length}, not {sequence_length}; set that, "
+            "or pack the corpus again"
+        )
 
 
 def past_stream(entry: Entry, sequence_length: int, at_hand: Mapping[str, Corpus]) -> Stream:
@@ -119,7 +154,11 @@ def past_stream(entry: Entry, sequence_length: int, at_hand: Mapping[str, Corpus
     try:
         corpus = at_hand.get(entry.fingerprint) or Corpus.open(entry.corpus)
     except Fault as fault:
-        raise Fault(f"replay of {entry.source}: {line}" for line in fault.lines) from None
+        raise Fault(
+            f"replay of {entry.source}: {line}; if it was moved, say where it lies now: replay.declared: "
+            f"{{{entry.source}: {{corpus: PATH}}}}"
+            for line in fault.lines
+        ) from None
     if corpus.fingerprint != entry.fingerprint:
         raise Fault(
             f"{entry.corpus} has changed since the lineage consumed it as {entry.source}: replay would draw other "
@@ -128,8 +167,11 @@ def past_stream(entry: Entry, sequence_length: int, at_hand: Mapping[str, Corpus
     return Stream(f"replay/{entry.source}", entry, corpus)
 
 
-def declared_stream(name: str, declared: Declared, sequence_length: int) -> Stream:
-    """A corpus, or the beginning of it, as if the lineage had consumed it in one epoch. Raises Fault if it cannot."""
+def declared_stream(name: str, declared: Declared, sequence_length: int, held_out_from: Mapping[str, int]) -> Stream:
+    """A corpus, or the beginning of it, as if the lineage had consumed it in one epoch. Raises Fault if it cannot.
+
+    `held_out_from`: by fingerprint, the first token that this stage or the lineage holds out, which is not replayed.
+    """
     where = f"replay.declared.{name}"
     try:
         corpus = Corpus.open(declared.corpus)
@@ -138,6 +180,8 @@ def declared_stream(name: str, declared: Declared, sequence_length: int) -> Stre
     tokens = corpus.num_tokens if declared.tokens is None else declared.tokens
     if tokens > corpus.num_tokens:
         raise Fault(f"{where}.tokens = {tokens}: {declared.corpus} holds {corpus.num_tokens}; leave it out for all")
+    _refuse_other_bins(f"{where}.corpus = {declared.corpus}", corpus, sequence_length)
+    tokens = min(tokens, held_out_from.get(corpus.fingerprint, tokens))
     num_windows = (tokens - 1) // sequence_length
     if num_windows < 1:
         raise Fault(f"{where}: {tokens} tokens are not one window of {sequence_length + 1}")

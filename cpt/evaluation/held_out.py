@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from cpt.config import Fault
+from cpt.data.check import refuse_strange_ids
 from cpt.data.corpus import Corpus
 from cpt.parallel.mesh import Mesh
 from cpt_kernels.documents import num_counting
@@ -63,6 +64,7 @@ class HeldOut:
         within_documents: bool = False,
         first_token: int = 0,
         stop_token: int | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         self.corpus = Corpus.open(path)
         stop_token = self.corpus.num_tokens if stop_token is None else stop_token
@@ -81,6 +83,9 @@ class HeldOut:
         self._sequence_length = sequence_length
         self._within_documents = within_documents
         self._first_token = first_token
+        if vocabulary is not None and self.corpus.vocabulary_size is None:
+            places = first_token + self._ids * sequence_length
+            refuse_strange_ids(self.corpus, places, self.first_windows(number).numpy(), vocabulary)
 
     def score(self, score: Callable[..., torch.Tensor], mesh: Mesh, micro_batch: int) -> Score:
         """The mean over all targets of its windows that count. All ranks call it.

@@ -47,7 +47,7 @@ def where_to_begin(
         old, new = began.get("batch", {}).get("windows"), run.batch.windows
         if old not in (None, new):
             _log.warning(
-                "batch.windows is %s from here on, it was %s: the order of the windows stays the same", new, old
+                "batch.windows is %s from here on, it was %s: the order within the stage stays the same", new, old
             )
         if folder.is_finished:
             _log.info("%s is finished; nothing to do", folder.path)

@@ -37,6 +37,11 @@ def refuse_bad_stages(run: Run, place: Place) -> None:
         except Fault as fault:
             faults.extend(f"stages.{index}: {line}" for line in fault.lines)
             break  # what comes after it would be told wrongly
+        faults.extend(
+            f"stages.{index}: {stream.corpus.path} is packed and its padding is no text; set attention: within_document"
+            for stream in order.streams
+            if stream.corpus.packed_length and not run.is_within_documents
+        )
         tokens_done = place.progress.stage_tokens if index == place.progress.stage else 0
         num_slots = run.num_slots(run.stages[index], tokens_done)
         faults.extend(f"stages.{index}.{line}" for line in order.faults_over(num_slots))
@@ -74,6 +79,13 @@ def held_out_of(run: Run) -> dict[str, HeldOut]:
         if source.hold_out
     }
     return {
-        name: HeldOut(path, run.sequence_length, run.evaluation.windows, run.is_within_documents, first)
+        name: HeldOut(
+            path,
+            run.sequence_length,
+            run.evaluation.windows,
+            run.is_within_documents,
+            first,
+            vocabulary=run.model.vocabulary,
+        )
         for name, (path, first) in {**of_its_own, **of_sources}.items()
     }

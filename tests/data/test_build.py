@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import filecmp
 import functools
+import gzip
 import json
 import logging
 import os
@@ -161,6 +162,25 @@ def test_skipped_documents_are_reported_by_cause(tmp_path, tokenizer, monkeypatc
     assert caplog.messages[-1] == "skipped in the input: 1 broken JSON, 1 empty document"
 
 
+def test_a_build_that_a_damaged_compressed_file_stopped_goes_on_without_any_of_it(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(building, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(building, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    texts = random_texts(3000)
+    good = write_jsonl(tmp_path / "a.jsonl", texts[:50])
+    content = bytearray(gzip.compress(write_jsonl(tmp_path / "x", texts).read_bytes()))
+    content[len(content) // 2] ^= 1
+    (tmp_path / "b.jsonl.gz").write_bytes(content)
+    inputs = [good, tmp_path / "b.jsonl.gz"]
+    with pytest.raises(Fault, match=r"cannot read .*b\.jsonl\.gz to its end"):
+        build_corpus(inputs, tokenizer, tmp_path / "c")
+    assert (tmp_path / "c.partial" / "journal.json").exists()
+    for output in ("c", "at-once"):
+        assert build_corpus(inputs, tokenizer, tmp_path / output, on_error="skip").skipped == {"damaged file": 1}
+        assert texts_in(tmp_path / output, tokenizer) == texts[:50]
+    names = ["corpus.json", "shard-00000.bin", "shard-00000.idx"]
+    assert filecmp.cmpfiles(tmp_path / "c", tmp_path / "at-once", names, shallow=False)[0] == names
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_fault_in_the_input_leaves_nothing_behind(tmp_path, tokenizer, workers, monkeypatch):
     monkeypatch.setattr(building, "BATCH_CHARACTERS", 10)
@@ -212,6 +232,25 @@ def test_a_full_disk_before_the_first_checkpoint_is_told_and_leaves_nothing_behi
     with pytest.raises(OSError, match="the disk is full; free some space, then choose another --output"):
         build_corpus([path], tokenizer, tmp_path / "c")
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sets a limit of the system")
+def test_a_file_that_grows_too_large_is_told_with_its_path(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", ["x" * 300] * 500)
+    words = ["data", "build", str(path), "--tokenizer", str(tokenizer), "--output", str(tmp_path / "c")]
+    script = f"""
+import resource, signal, sys
+from cpt import cli
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+sys.exit(cli.main({words!r}))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == (
+        f"cpt data: {tmp_path}/c.partial: a file would grow larger than the file system or a limit (ulimit -f) allows; "
+        "raise the limit, then choose another --output"
+    )
 
 
 @pytest.mark.parametrize(
@@ -326,4 +365,4 @@ def test_without_a_terminal_progress_is_told_in_lines(tmp_path, tokenizer, monke
     monkeypatch.setattr(build_progress, "SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level(logging.INFO):
         build_corpus([write_jsonl(tmp_path / "a.jsonl", ["one"])], tokenizer, tmp_path / "c", progress=True)
-    assert any(message.startswith("c: 1 documents, 4 tokens, ") for message in caplog.messages)
+    assert any(message.startswith("c: 1 document, 4 tokens, ") for message in caplog.messages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -62,7 +63,7 @@ def files_under(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def given(tmp_path) -> list[str | Path]:
-    """Three input files and a tokenizer, as words of the command."""
+    """Four input files, the last one damaged, and a tokenizer, as words of the command."""
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -72,13 +73,17 @@ def given(tmp_path) -> list[str | Path]:
     made.save(str(folder / "tokenizer.json"))
     generator = random.Random(0)
     inputs = []
-    for name in "abc":
+    for name in "abcd":
         lines = []
         for _ in range(70):
             text = "".join(generator.choices("abc é漢\n", k=generator.randint(1, 60)))
             lines.append(json.dumps({"text": text, "kind": generator.choice(["prose", "code"])}) + "\n")
-        inputs.append(tmp_path / f"{name}.jsonl")
-        inputs[-1].write_text("".join(lines) + "{broken\n")
+        content = ("".join(lines) + "{broken\n").encode()
+        inputs.append(tmp_path / (f"{name}.jsonl.gz" if name in "bd" else f"{name}.jsonl"))
+        inputs[-1].write_bytes(gzip.compress(content) if name in "bd" else content)
+        if name == "d":
+            # The checksum: all of its documents are there before the damage is.
+            inputs[-1].write_bytes(inputs[-1].read_bytes()[:-8] + b"\0" * 8)
     return [*inputs, "--tokenizer", folder, "--holdout", "20%", "--on-error", "skip"]
 
 

@@ -186,6 +186,17 @@ def test_every_command_has_help_with_an_example(command, capsys):
     assert f"example: cpt data {command} " in capsys.readouterr().out
 
 
+def test_one_document_is_told_as_one(tmp_path, text, tokenizer, capsys):
+    text.write_text(text.read_text().splitlines()[0] + "\n")
+    capsys.readouterr()
+    run("build", text, "--tokenizer", tokenizer, "--output", tmp_path / "c", "--text-key", "body")
+    run("inspect", tmp_path / "c")
+    run("verify", tmp_path / "c")
+    out = capsys.readouterr().out
+    assert out.count("1 document, ") == 3
+    assert "1 documents" not in out
+
+
 @pytest.mark.parametrize(
     ("size", "shown"),
     [(0, "0 bytes"), (999, "999 bytes"), (1234, "1.2 kB"), (5_600_000, "5.6 MB"), (10**13, "10.0 TB")],

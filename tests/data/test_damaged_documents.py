@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import logging
 import struct
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,10 +15,11 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
+import zstandard
 from cpt_harness.inputs import incompressible, lines_of, table, texts_of, write_kind
 
 from cpt.config import Fault
-from cpt.data.prepare import document
+from cpt.data.prepare import document, text_readers
 from cpt.data.prepare.documents import read_documents
 
 BAD_LINES = [
@@ -26,7 +29,15 @@ BAD_LINES = [
     (b'{"txt": "x", "n": 1}\n', "no text under the key", r'a\.jsonl:2 has no key "text" \(did you mean txt\?\); name'),
     (b'{"n": 1, "q": 2}\n', "no text under the key", r'has no key "text" \(known: n, q\); name .*\(--text-key'),
     (b"{}\n", "no text under the key", r'has no key "text" \(it has no keys\)'),
-    (b'{"text": 7}\n', "no text under the key", r'a\.jsonl:2: "text" holds a int, not a string'),
+    (b'{"text": 7}\n', "no text under the key", r'a\.jsonl:2: "text" holds an int, not a string'),
+    (b"[7]\n", "broken JSON", r"a\.jsonl:2 holds a list, not an object"),
+    (b"7\n", "broken JSON", r"a\.jsonl:2 holds an int, not an object"),
+    (b'{"text": "a\0b"}\n', "broken JSON", r"a\.jsonl:2: broken JSON \(Invalid control character"),
+    (
+        b'{"text": "ab\\u0000"}\n',
+        "NUL character",
+        r"a\.jsonl:2: NUL character \(U\+0000 at character 2 of the text\); take such characters out of it, or .* skip",
+    ),
     (b'{"text": "\xff"}\n', "invalid UTF-8", r"a\.jsonl:2: invalid UTF-8 \(byte 0xff at position 10\); write the file"),
     (b'{"text": "x\\ud800"}\n', "invalid UTF-8", r"a\.jsonl:2: invalid UTF-8 \(half a surrogate pair at character 1"),
 ]
@@ -91,15 +102,29 @@ def test_a_line_that_is_too_long_is_passed_over_in_pieces(tmp_path, monkeypatch)
     assert skipped == {"document too long": 2}
 
 
-def test_nul_bytes_are_broken_json_and_escaped_ones_are_text(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\\u0000b"}\n{"text": "a\0b"}\n' + b"\0" * 5000)
-    reading = read_documents([str(tmp_path / "a.jsonl")])
-    assert next(reading).text == "a\0b"
-    with pytest.raises(Fault, match=r"a\.jsonl:2: broken JSON \(Invalid control character"):
-        next(reading)
+def test_a_hole_of_zeros_is_broken_json(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines_of(["good"]) + b"\0" * 5000)
+    with pytest.raises(Fault, match=r"a\.jsonl:2: broken JSON"):
+        texts_of([tmp_path / "a.jsonl"])
     skipped = Counter()
-    assert texts_of([tmp_path / "a.jsonl"], on_error="skip", skipped=skipped) == ["a\0b"]
-    assert skipped == {"broken JSON": 2}
+    assert texts_of([tmp_path / "a.jsonl"], on_error="skip", skipped=skipped) == ["good"]
+    assert skipped == {"broken JSON": 1}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl.gz", "a.parquet", "a.arrow", "a.stream.arrow"])
+def test_text_with_a_nul_character_stops_or_is_counted(tmp_path, name):
+    if ".txt" in name:
+        (tmp_path / name).write_bytes(gzip.compress(b"no\0text") if name.endswith(".gz") else b"no\0text")
+        kept = []
+    else:
+        kept = ["first", "third"]
+        write_kind(tmp_path / name, ["first", "no\0text", "third"])
+    place = {"parquet": ", row 2", "arrow": ", row 2", "gz": ":2"}.get("" if kept == [] else name.split(".")[-1], "")
+    with pytest.raises(Fault, match=rf"{name}{place}: NUL character \(U\+0000 at character 2 of the text\)"):
+        texts_of([tmp_path / name])
+    skipped = Counter()
+    assert texts_of([tmp_path / name], on_error="skip", skipped=skipped) == kept
+    assert skipped == {"NUL character": 1}
 
 
 def cut(path: Path) -> None:
@@ -117,6 +142,59 @@ def test_a_truncated_file_stops_or_is_counted(tmp_path, name):
     (tmp_path / "z.jsonl").write_bytes(lines_of(["after"]))
     assert texts_of([tmp_path / name, tmp_path / "z.jsonl"], on_error="skip", skipped=skipped)[-1] == "after"
     assert skipped == {"damaged file": 1}
+
+
+def with_checksum(name: str, content: bytes) -> bytes:
+    """The content compressed as one member that ends in a checksum."""
+    if name.endswith(".gz"):
+        return gzip.compress(content)
+    return zstandard.ZstdCompressor(write_checksum=True).compress(content)
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("damage", ["a bit flipped", "checksum changed", "garbage behind", "cut short"])
+def test_of_a_damaged_compressed_file_no_document_is_taken(tmp_path, name, damage, on_error, monkeypatch, caplog):
+    # Less than the file, so that documents are there before its end is.
+    monkeypatch.setattr(text_readers, "READ_BUFFER_BYTES", 1000)
+    content = bytearray(with_checksum(name, lines_of(incompressible(3000))))
+    if damage == "cut short":
+        del content[-20:]
+    elif damage == "garbage behind":
+        content += b"garbage"
+    else:
+        content[len(content) // 2 if damage == "a bit flipped" else -6 if name.endswith(".gz") else -2] ^= 1
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "z.jsonl").write_bytes(lines_of(["after"]))
+    inputs = [str(tmp_path / name), str(tmp_path / "z.jsonl")]
+    if on_error == "stop":
+        with pytest.raises(Fault, match=rf"cannot read .*{name} to its end: .*; mend or replace the file"):
+            next(read_documents(inputs))
+        return
+    skipped = Counter()
+    assert texts_of(inputs, on_error="skip", skipped=skipped) == ["after"]
+    assert skipped == {"damaged file": 1}
+    assert caplog.messages[0].endswith("; none of its documents is taken, and others like it are counted")
+
+
+def test_of_another_damaged_file_what_comes_before_the_damage_is_taken_and_the_log_says_so(tmp_path, caplog):
+    write_kind(tmp_path / "a.stream.arrow", incompressible(300))
+    cut(tmp_path / "a.stream.arrow")
+    assert 0 < len(texts_of([tmp_path / "a.stream.arrow"], on_error="skip")) < 300
+    assert caplog.messages[0].endswith("; the rest of it is skipped, and others like it are counted")
+
+
+def test_a_compressed_file_is_tested_in_bounded_memory(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b" " * 200_000_000 + b"\n" + lines_of(["x"]), 1))
+    script = f"""
+import resource
+from cpt.data.prepare.text_readers import _refuse_damaged
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+_refuse_damaged({str(tmp_path / "a.jsonl.gz")!r}, "gzip")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(ended.stdout) * 1024 < 20_000_000
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz"])

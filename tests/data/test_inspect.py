@@ -124,6 +124,61 @@ def test_ids_that_are_not_the_tokenizers_are_told(tmp_path, tokenizer):
         inspect_corpus(tmp_path / "web", tokenizer=tokenizer)
 
 
+def write_prefix(prefix: Path) -> Path:
+    with ShardWriter(prefix, 500) as writer:
+        for length in (1, 3, 2):
+            writer.add_document(np.arange(length))
+    return prefix
+
+
+def flip_bit(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0x40
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("position", [34, 34 + 12, 34 + 36 + 8], ids=["lengths", "offsets", "documents"])
+@pytest.mark.parametrize("is_split", [False, True])
+def test_a_damaged_index_is_told(tmp_path, position, is_split):
+    prefix = write_prefix(tmp_path / "web")
+    if is_split:
+        (tmp_path / "web.bin").rename(tmp_path / "web-00000-of-00001.bin")
+    flip_bit(tmp_path / "web.idx", position)
+    with pytest.raises(Fault, match="web.idx: its lengths, offsets and documents contradict each other") as caught:
+        inspect_corpus(prefix)
+    assert caught.value.lines[1] == f"cpt data verify {prefix} tells more; copy the files or write them again"
+
+
+def test_a_damaged_index_of_a_corpus_with_a_manifest_is_told(tmp_path, tokenizer):
+    path = build(tmp_path, tokenizer, ["abc", "defgh"])
+    flip_bit(path / "shard-00000.idx", -16)
+    with pytest.raises(Fault, match="shard-00000.idx: its lengths, offsets and documents contradict each other"):
+        inspect_corpus(path)
+
+
+def test_damaged_datatrove_files_are_told(tmp_path):
+    np.arange(6, dtype=np.uint16).tofile(tmp_path / "a.ds")
+    np.array([9, 2, 6], dtype=np.uint64).tofile(tmp_path / "a.ds.index")
+    (tmp_path / "a.ds.metadata").write_text("gpt2|2\n6\n")
+    with pytest.raises(Fault, match=r"a\.ds: the ends of its documents are not in order or lie outside"):
+        inspect_corpus(tmp_path / "a.ds")
+    (tmp_path / "a.ds.metadata").write_bytes(b"\xff\n6\n")
+    with pytest.raises(Fault, match=r"a\.ds\.metadata is not as datatrove writes it"):
+        inspect_corpus(tmp_path / "a.ds")
+
+
+def test_of_a_folder_of_corpora_one_is_to_be_named(tmp_path, tokenizer):
+    build(tmp_path, tokenizer, ["abc"])
+    for number in range(12):
+        (tmp_path / "parts" / f"{number:02d}").mkdir(parents=True)
+        (tmp_path / "parts" / f"{number:02d}" / "corpus.json").write_text("{}")
+    message = r"parts is no corpus but holds some: 00, 01, .*, 09 and 2 more; name one of them, such as .*parts/00"
+    with pytest.raises(Fault, match=message):
+        inspect_corpus(tmp_path / "parts")
+    write_prefix(tmp_path / "parts")
+    assert inspect_corpus(tmp_path / "parts").num_documents == 3
+
+
 def test_padding_of_a_packed_corpus_is_told_and_is_no_text(tmp_path, tokenizer):
     pack_corpus(build(tmp_path, tokenizer, ["abc", "defgh"]), 8, tmp_path / "packed")
     inspection = inspect_corpus(tmp_path / "packed")

@@ -17,11 +17,13 @@ import torch
 from cpt_harness.numbered import numbered_corpus
 from cpt_harness.orders import LENGTH, drawn, entry_of, make_corpora, order_of
 
+from cpt.config import Fault
 from cpt.data import loader as loader_file
 from cpt.data.corpus import Corpus
 from cpt.data.loader import Loader, Settings, read_windows
 from cpt.data.order import StageOrder
 from cpt.data.shards import Shard, ShardWriter
+from cpt.data.streams import Source
 from cpt.data.token_file import TokenFile
 from cpt.lineage.ledger import Ledger
 
@@ -387,3 +389,17 @@ def test_no_windows_are_no_tokens(order):
 def test_settings_that_cannot_work_are_told(settings, fault):
     assert settings.faults() == [fault]
     assert Settings(prefetch=0).faults() == []
+
+
+def test_an_id_that_the_model_has_not_is_told_with_its_file_and_place(tmp_path):
+    tokens = np.arange(400, dtype=np.uint32) % 50
+    tokens[[333, 391]] = 60, 2**31 + 5
+    tokens.tofile(tmp_path / "raw.npy")
+    sources = {"raw": Source(f"{tmp_path}/raw.npy:uint32")}
+    order = StageOrder(sources, None, Ledger(), LENGTH, 1)
+    with Loader(order, 0, 1) as loader:
+        loader.batch(0, 40)  # unasked, nothing is looked at
+    for vocabulary, told in ((50, "token 333 has the id 60"), (61, "token 391 has the id 2,147,483,653")):
+        with Loader(order, 0, 1, vocabulary=vocabulary) as loader, pytest.raises(Fault) as caught:
+            loader.batch(0, 49)
+        assert f"raw.npy:uint32: {told}, model.vocabulary is {vocabulary}; name the corpus" in str(caught.value)

@@ -66,6 +66,12 @@ def bins_of(path: Path) -> list[list[int]]:
     return corpus.windows(np.arange(count), corpus.packed_length)[:, :-1].tolist()
 
 
+def test_of_a_folder_of_corpora_one_is_to_be_packed(tmp_path, tokenizer):
+    write_corpus(tmp_path / "in", tokenizer, [4])
+    with pytest.raises(Fault, match=r"in is no corpus but holds some: c; name one of them, such as .*in/c"):
+        pack_corpus(tmp_path / "in", 8, tmp_path / "packed")
+
+
 def test_a_corpus_is_packed_as_worked_out_by_hand(tmp_path, tokenizer):
     path = write_corpus(tmp_path / "in", tokenizer, [4, 7, 2, 6, 11])
     report = pack_corpus(path, 8, tmp_path / "packed")

@@ -188,3 +188,19 @@ def test_without_parts_the_missing_file_is_named(tmp_path):
 def test_a_whole_file_is_preferred_to_its_parts(tmp_path):
     prefix = write_split(tmp_path / "split")
     assert isinstance(Corpus.open(prefix).shard(0), Shard)
+
+
+def test_corpora_of_equal_sizes_and_beginnings_have_different_fingerprints(tmp_path):
+    numbers = np.arange(200_000, dtype=np.uint16)
+    for name, change in (("a", None), ("b", 199_999), ("c", 100_000)):
+        tokens = numbers % 5000
+        if change:
+            tokens[change - 10_000 : change + 1] += 1
+        with ShardWriter(tmp_path / name, 6000) as writer:
+            for part in tokens.reshape(100, -1):
+                writer.add_document(part)
+        tokens.tofile(tmp_path / f"{name}.npy")
+    of_prefixes, of_files = (
+        {Corpus.open(f"{tmp_path}/{name}{ending}").fingerprint for name in "abc"} for ending in ("", ".npy:uint16")
+    )
+    assert len(of_prefixes) == len(of_files) == 3

@@ -13,6 +13,7 @@ from cpt_harness.orders import LENGTH, drawn, drawn_of, entry_of, make_corpora, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpt.config import Fault
 from cpt.data.order import StageOrder
 from cpt.data.replay import Declared, Pool, Ramp, Replay, reservoir
 from cpt.data.streams import Source
@@ -97,6 +98,14 @@ def test_each_window_is_in_a_reservoir_with_equal_chance():
     expected = 2000 * 30 / 100
     # Each window is in or out: the variance is that of a hypergeometric draw.
     assert ((hits - expected) ** 2 / (expected * (1 - 30 / 99))).sum() < 176
+
+
+def test_sources_with_the_same_seed_have_reservoirs_of_their_own():
+    """Runs of one seed give their first sources equal seeds; what is kept of one must say nothing about the other."""
+    kept = reservoir([replace(seen(number, 1000), seed=5) for number in (0, 1)], 200)
+    of_first, of_second = kept[kept < 1000], kept[kept >= 1000] - 1000
+    assert len(of_first) + len(of_second) == 200
+    assert len(np.intersect1d(of_first, of_second)) < 30  # 10 expected, 100 if they were the same
 
 
 def test_any_two_windows_are_in_a_reservoir_together_as_often_as_chance_has_it():
@@ -237,3 +246,29 @@ def test_shares_by_name_count_for_new_sources_only_in_all_kinds_of_replay(corpor
         new = [pair for pair in drawn(other, 200) if not pair[0].startswith("replay/")]
         assert new == [pair for pair in drawn(plain, 200) if not pair[0].startswith("replay/")]
         assert other.ledger_after(123) == plain.ledger_after(123)
+
+
+def test_what_a_source_holds_out_is_not_replayed_though_the_corpus_is_declared_whole(corpora):
+    sources = {"old": Source(corpora / "old", hold_out=Fraction(1, 5))}
+    replay = Replay(Fraction(1, 2), declared={"pile": Declared(corpora / "old")})
+    firsts = drawn_of(StageOrder(sources, replay, Ledger(), LENGTH, 1), "replay/pile", 400)
+    assert max(firsts) + LENGTH < 320
+    child = order_with(
+        corpora, StageOrder(sources, None, Ledger(), LENGTH, 1).ledger_after(5), declared=replay.declared
+    )
+    assert child.source_names == ["new", "replay/old"]
+
+
+def test_a_corpus_that_was_moved_is_found_where_it_is_declared_to_lie_now(corpora, tmp_path):
+    entry = replace(entry_of(corpora, "old", 20), corpus=str(tmp_path / "gone"))
+    with pytest.raises(Fault, match=r"if it was moved, say where it lies now: replay.declared: {old: {corpus: PATH}}"):
+        order_with(corpora, Ledger((entry,)))
+    order = order_with(corpora, Ledger((entry,)), declared={"old": Declared(corpora / "old")})
+    assert order.source_names == ["new", "replay/old"]
+    assert order.num_replayable == 20  # what was consumed, not all that is declared
+
+
+def test_the_ledger_keeps_places_that_hold_in_any_folder(corpora, monkeypatch):
+    monkeypatch.chdir(corpora)
+    order = StageOrder({"old": Source(Path("old"))}, None, Ledger(), LENGTH, 1)
+    assert order.ledger_after(3).entries[0].corpus == str(corpora / "old")

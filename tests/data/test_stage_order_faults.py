@@ -197,3 +197,53 @@ def test_another_part_held_out_than_the_lineage_held_out_is_a_fault(corpora):
 def replay_of(corpora: Path, ledger: Ledger, **replay) -> StageOrder:
     sources = {"new": Source(corpora / "new")}
     return StageOrder(sources, Replay(Fraction(1, 4), **replay), ledger, LENGTH, 1)
+
+
+def test_a_corpus_that_the_lineage_read_at_another_length_is_read_again_only_when_told_and_counted(corpora):
+    ledger = Ledger((replace(entry_of(corpora, "old", 40), num_inherited=40),))  # 40 of 49 windows of 8 tokens
+
+    def order(**source) -> StageOrder:
+        return StageOrder({"old": Source(corpora / "old", **source)}, None, ledger, 2 * LENGTH, 1)
+
+    assert order().faults_over(5) == [
+        "sources.old: the lineage has read 0.82 epochs of it in windows of another length, and which of its text is new "
+        "cannot be told from these; set max_epochs = 2 to read it all the same, or sequence_length back"
+    ]
+    told = order(max_epochs=1).faults_over(5)  # 24 windows an epoch are left 0.18 of
+    assert "the stage asks for 5 windows and may draw 4" in told[0]
+    assert order(max_epochs=1).faults_over(4) == order(max_epochs=2).faults_over(24) == []
+
+
+def test_what_was_held_out_at_another_length_stays_held_out(corpora):
+    entry = limited(corpora, 0, 0, hold_out=Fraction(1, 5)).ledger_after(10).entries[0]
+    ledger = Ledger((entry,))
+    with pytest.raises(Fault, match="the lineage held out what lies behind token .* set hold_out = 0.1"):
+        StageOrder({"old": Source(corpora / "old", max_epochs=9)}, None, ledger, 2 * LENGTH, 1)
+    StageOrder({"old": Source(corpora / "old", max_epochs=9, hold_out=Fraction(1, 5))}, None, ledger, 2 * LENGTH, 1)
+
+
+def test_a_declared_corpus_packed_for_another_length_is_a_fault(corpora, tmp_path):
+    path = numbered_corpus(tmp_path / "packed", 401, packed_length=2 * LENGTH)
+    with pytest.raises(Fault, match=r"replay.declared.pile.corpus = .* was packed for sequence_length 16, not 8"):
+        replay_of(corpora, Ledger(), declared={"pile": Declared(path)})
+
+
+def test_shares_that_cannot_be_kept_are_told_by_name_with_their_sum(corpora):
+    (told,) = faults_of(corpora, {"old": "0.123457", "new": "0.876542"})
+    assert told == (
+        "sources: the shares old 0.123457, new 0.876542 (together 0.999999) repeat only after 999,999 windows, and can "
+        "be kept exactly up to 65,536; write them with fewer digits, or let them sum to 1"
+    )
+
+
+@pytest.mark.parametrize(
+    "shares", [{"old": "0.6061", "new": "0.3939"}, {"old": "12.34", "new": "45.67", "other": "20"}]
+)
+def test_shares_of_four_digits_go_with_any_share_of_replay(corpora, shares):
+    ledger = Ledger((entry_of(corpora, "other", 20),))
+    order = order_of(corpora, shares, ledger, "0.1")
+    counts = order.mixture.counts(100_000)
+    whole = sum(map(Fraction, shares.values()))
+    assert counts[-1] == 10_000
+    for count, share in zip(counts, shares.values(), strict=False):
+        assert abs(count - 90_000 * Fraction(share) / whole) < 1

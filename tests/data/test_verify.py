@@ -115,7 +115,7 @@ def test_empty_documents_are_counted_and_no_damage(tmp_path):
     assert found.damage == ()
     assert found.facts == (
         "5 tokens in 5 documents, 2 of them empty",
-        "token ids from 1 to 5; size of the vocabulary: not known",
+        "token ids from 1 to 5; size of the vocabulary: not known, but it must be above 5; --vocabulary checks it",
         "documents that end in token 2, the commonest last one, as no end is known: 66.67%",
     )
 
@@ -126,7 +126,7 @@ def test_a_corpus_without_tokens_can_be_verified(tmp_path):
     found = verify_corpus(tmp_path / "web")
     assert found.damage == ()
     assert found.facts == (
-        "0 tokens in 1 documents, 1 of them empty",
+        "0 tokens in 1 document, 1 of them empty",
         "no token ids; size of the vocabulary: not known",
     )
 
@@ -153,7 +153,7 @@ def test_raw_streams_are_verified(tmp_path):
     np.array([5, 6, 0, 7, 0, 9], np.uint16).tofile(tmp_path / "part-0.npy")
     np.array([8, 0], np.uint16).tofile(tmp_path / "part-1.npy")
     found = verify_corpus(f"{tmp_path}/part-*.npy:uint16:end=0", 9)
-    assert found.damage == (f"{tmp_path}/part-0.npy has 1 token ids outside the vocabulary of 9, from 0 to 9",)
+    assert found.damage == (f"{tmp_path}/part-0.npy has 1 token id outside the vocabulary of 9, from 0 to 9",)
     assert found.facts == (
         "8 tokens in 4 documents, 0 of them empty",
         "token ids from 0 to 9; size of the vocabulary: 9",
@@ -180,6 +180,27 @@ def test_datatrove_files_are_verified(tmp_path):
     assert "a.ds.index does not end at the 6 tokens" in damage
 
 
+def test_metadata_that_is_no_text_is_damage(tmp_path):
+    path = write_datatrove(tmp_path, [2, 6])
+    (tmp_path / "a.ds.metadata").write_bytes(b"gpt2\xff|2\n6\n")
+    (damage,) = verify_corpus(path).damage
+    assert "a.ds.metadata is not as datatrove writes it: TOKENIZER|BYTES in its first line" in damage
+
+
+def test_ids_that_no_model_has_are_damage_without_a_vocabulary(tmp_path):
+    np.array([5, 2**31 - 1, 2**31, 2**32 - 1], np.uint32).tofile(tmp_path / "a.npy")
+    found = verify_corpus(f"{tmp_path}/a.npy:uint32")
+    assert found.facts[1].startswith("token ids from 5 to 4,294,967,295; size of the vocabulary: not known")
+    assert found.damage == (
+        f"{tmp_path}/a.npy has 2 token ids from 2,147,483,648 on, which no model has, from 5 to 4294967295",
+    )
+
+
+def test_of_a_folder_of_corpora_one_is_to_be_named(corpus):
+    with pytest.raises(Fault, match=r"is no corpus but holds some: prose; name one of them, such as .*/prose"):
+        verify_corpus(corpus.parent)
+
+
 def test_split_files_are_verified(tmp_path):
     with ShardWriter(tmp_path / "web", 500) as writer:
         for length in (3, 0, 4, 2):
@@ -192,7 +213,7 @@ def test_split_files_are_verified(tmp_path):
     # The one that the end of a part cuts counts in both.
     assert found.facts[0] == "9 tokens in 5 documents, 1 of them empty"
     assert found.damage == (
-        f"{tmp_path}/web-00001-of-00002.bin has 1 token ids outside the vocabulary of 3, from 0 to 3",
+        f"{tmp_path}/web-00001-of-00002.bin has 1 token id outside the vocabulary of 3, from 0 to 3",
     )
     overwrite(tmp_path / "web.idx", 34, struct.pack("<4i", 4, 0, 3, 2))
     (damage,) = verify_corpus(tmp_path / "web").damage
@@ -218,7 +239,7 @@ def test_negative_ids_of_a_bare_prefix_are_found(tmp_path):
         writer.add_document(np.arange(5))
     assert verify_corpus(tmp_path / "web.idx").damage == ()
     overwrite(tmp_path / "web.bin", 4, struct.pack("<i", -3))
-    assert verify_corpus(tmp_path / "web").damage == (f"{tmp_path}/web.bin has 1 token ids below 0, from -3 to 4",)
+    assert verify_corpus(tmp_path / "web").damage == (f"{tmp_path}/web.bin has 1 token id below 0, from -3 to 4",)
 
 
 @pytest.mark.parametrize(
@@ -282,5 +303,5 @@ def test_a_cut_file_of_a_bare_prefix_is_damage(tmp_path):
 def test_what_is_no_corpus_is_refused(tmp_path):
     with pytest.raises(Fault, match="there is no corpus at"):
         verify_corpus(tmp_path / "gone")
-    with pytest.raises(Fault, match="is no corpus"):
+    with pytest.raises(Fault, match="is no corpus: it has no corpus.json"):
         verify_corpus(tmp_path)

@@ -29,7 +29,7 @@ def test_a_batch_size_that_changes_in_mid_run_keeps_the_order_and_the_ledger_exa
     changed = tmp_path / "changed"
     runs.cpt("train", config, f"output={changed}", before=runs.ask_to_stop_at(4))
     told = runs.trained(config, f"output={changed}", "batch.windows=12", ranks=1)
-    assert "batch.windows is 12 from here on, it was 8: the order of the windows stays the same" in told
+    assert "batch.windows is 12 from here on, it was 8: the order within the stage stays the same" in told
     records = runs.lines(changed / "metrics.jsonl")
     per_step = [records[0]["tokens"]] + [b["tokens"] - a["tokens"] for a, b in zip(records, records[1:], strict=False)]
     # 5 steps of 8 windows, then 12 a step: each stage ends with the step that spends its 96 windows.

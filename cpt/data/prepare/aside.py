@@ -13,6 +13,7 @@ from pathlib import Path
 from cpt.config import Fault
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+FILE_TOO_LARGE = "a file would grow larger than the file system or a limit (ulimit -f) allows; raise the limit"
 
 
 @contextlib.contextmanager
@@ -20,7 +21,8 @@ def written_aside(output: str | Path) -> Iterator[Path]:
     """Gives a new folder beside `output` to write into, and renames it to `output` when the block ends well.
 
     When the block ends in an error or by Ctrl-C, the new folder is removed. Folders above `output` are made.
-    Raises Fault if `output` is there already and not an empty folder, before or after, or if the disk is full.
+    Raises Fault if `output` is there already and not an empty folder, before or after, if the disk is full, or if a
+    file gets too large for it.
     """
     output = Path(output)
     refuse_used(output)
@@ -33,6 +35,8 @@ def written_aside(output: str | Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno in DISK_IS_FULL:
             raise Fault(f"the disk of {output.parent} is full; free some space or choose another --output") from error
+        if error.errno == errno.EFBIG:
+            raise Fault(f"{output}: {FILE_TOO_LARGE} or choose another --output") from error
         raise
     finally:
         # After the rename there is nothing left to remove.

@@ -28,6 +28,7 @@ from cpt.data.prepare.build_report import BuildReport, report_of
 from cpt.data.prepare.checkpoint import Checkpoint
 from cpt.data.prepare.corpora import SIDES, Corpora
 from cpt.data.prepare.corpus_writer import SHARD_TOKENS, Origin
+from cpt.data.prepare.counted import counted
 from cpt.data.prepare.document import Document, Position
 from cpt.data.prepare.documents import read_documents
 from cpt.data.prepare.encoding import EncodedBatch, Recipe, encode_batches
@@ -128,7 +129,7 @@ def build_corpus(
     with folder as work:
         checkpoint = Checkpoint() if work.journal is None else Checkpoint.from_json(work.journal)
         if checkpoint.num_documents:
-            logger.info("going on after %s documents, from %s", f"{checkpoint.num_documents:,}", work.path)
+            logger.info("going on after %s, from %s", counted(checkpoint.num_documents, "document"), work.path)
         elif not is_resumable:
             logger.info("text from standard input cannot be read again; if it is stopped, this build begins anew")
         corpora = Corpora(
@@ -248,7 +249,7 @@ class _Build:
         done = self._checkpoint
         if self._buckets is None or done.num_merged == len(self._buckets):
             return
-        logger.info("writing %s documents in their new order", f"{done.num_documents:,}")
+        logger.info("writing %s in a new order", counted(done.num_documents, "document"))
         self.write_checkpoint()
         for bucket in range(done.num_merged, len(self._buckets)):
             for corpus, tokens, num_bytes in self._buckets.documents(bucket):
@@ -291,7 +292,9 @@ def _refuse_empty(corpora: Corpora, inputs: Sequence[str | Path], holdout: float
         raise Fault(f"no document with text in {', '.join(map(str, inputs))}; a corpus is made of text")
     if holdout and not all(counts):
         side = "held out" if counts[0] else "left to train on"
-        raise Fault(f"of {sum(counts):,} documents, none is {side} at --holdout {holdout:.2%}; use another share")
+        raise Fault(
+            f"of {counted(sum(counts), 'document')}, none is {side} at --holdout {holdout:.2%}; use another share"
+        )
     for is_held_out in (False, True) if holdout else ():
         lacking = set(corpora.writers(not is_held_out)) - set(corpora.writers(is_held_out))
         if lacking:

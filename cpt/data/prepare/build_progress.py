@@ -9,6 +9,8 @@ from typing import final
 
 from tqdm import tqdm
 
+from cpt.data.prepare.counted import counted
+
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -35,11 +37,11 @@ class BuildProgress:
         now = time.monotonic()
         rate = self._tokens / max(now - self._begin, 1e-9)
         self._bar.update(num_bytes)
-        self._bar.set_postfix_str(f"{self._documents:,} documents, {rate:,.0f} tokens/s", refresh=False)
+        self._bar.set_postfix_str(f"{counted(self._documents, 'document')}, {rate:,.0f} tokens/s", refresh=False)
         if self._is_shown and self._bar.disable and now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            documents, tokens = f"{self._documents:,}", f"{self._tokens:,}"
-            logger.info("%s: %s documents, %s tokens, %.0f tokens/s", self._name, documents, tokens, rate)
+            counts = f"{counted(self._documents, 'document')}, {counted(self._tokens, 'token')}"
+            logger.info("%s: %s, %.0f tokens/s", self._name, counts, rate)
 
     def __enter__(self) -> BuildProgress:
         return self

@@ -13,7 +13,9 @@ from typing import Any, final
 import numpy as np
 
 from cpt.config import Fault
+from cpt.data.corpus import MANIFEST_NAME
 from cpt.data.prepare.corpus_writer import SHARD_TOKENS, CorpusState, CorpusWriter, Origin
+from cpt.data.shards import bin_path, idx_path
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +24,7 @@ SIDES = {"corpus": "", "held-out": "-held-out"}
 SPOOLS = "spools"
 MOST_DOMAINS = 1000
 LONGEST_FOLDER_NAME = 100
+NAMES_TOLD = 10
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,23 @@ class Corpora:
                 f"more than {MOST_DOMAINS:,} domains, {domain!r} the last; --domain-key is for a key with few values"
             )
         return name
+
+
+def refuse_folder_of_corpora(path: str | Path) -> None:
+    """Raises Fault, naming some, if `path` only holds corpora, as the folder of a build with a key of the domain does.
+
+    A path that names anything else is passed over.
+    """
+    path = Path(path)
+    if any(file.exists() for file in (path / MANIFEST_NAME, bin_path(path), idx_path(path))):
+        return
+    names = sorted(manifest.parent.name for manifest in path.glob(f"*/{MANIFEST_NAME}"))
+    if names:
+        more = f" and {len(names) - NAMES_TOLD:,} more" if len(names) > NAMES_TOLD else ""
+        raise Fault(
+            f"{path} is no corpus but holds some: {', '.join(names[:NAMES_TOLD])}{more}; name one of them, such as "
+            f"{path / names[0]}"
+        )
 
 
 def folder_of_domain(domain: str) -> str:

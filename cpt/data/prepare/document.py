@@ -29,6 +29,7 @@ class Cause:
     NO_ID = "no id under the key"
     NO_DOMAIN = "no domain under the key"
     INVALID_UTF8 = "invalid UTF-8"
+    NUL = "NUL character"
     DAMAGED_FILE = "damaged file"
 
 
@@ -94,18 +95,27 @@ class Troubles:
         limit = f"{self.longest_bytes:,} bytes"
         self.meet(Cause.TOO_LONG, f"{where} is longer than {limit}, the most for one document", "split the document")
 
-    def meet(self, cause: str, what: str, way_out: str) -> None:
-        """Stop at a fault with a Fault that tells `what` and `way_out`, or count it by `cause` and go on."""
+    def meet(self, cause: str, what: str, way_out: str, outcome: str = "it is skipped") -> None:
+        """Stop at a fault with a Fault that tells `what` and `way_out`, or count it by `cause`, tell `outcome` and go on.
+
+        Of each cause the first one is told.
+        """
         if not self._is_skipping:
             raise Fault(f"{what}; {way_out}, or leave such input out with --on-error skip")
         if self.counts[cause] == 0:
-            logger.warning("%s; it is skipped, and others like it are counted", what)
+            logger.warning("%s; %s, and others like it are counted", what, outcome)
         self.counts[cause] += 1
 
 
 def is_domain(value: Any) -> bool:
     """Whether a value can name a domain: text that is not empty, or a whole number."""
     return isinstance(value, str | int) and not isinstance(value, bool) and value != ""
+
+
+def kind_of_value(value: Any) -> str:
+    """The type of a value with its article."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def shown(value: Any) -> str:

@@ -1,8 +1,10 @@
 """Documents out of files: jsonl, parquet, arrow and plain text, one document at a time, in the order of the inputs.
 
 A fault in the input stops the reading and tells file and line; with `on_error="skip"` it is counted by cause and left
-out. Memory holds one document, or one small batch of a parquet or arrow file. Every document knows its position, and
-reading can begin after any of them: what comes before is passed over without being looked into.
+out. A NUL character in a text is such a fault: it is a sign of damage, and tools differ in what they make of it. A
+compressed file is tested whole before anything is taken from it. Memory holds one document, or one small batch of a
+parquet or arrow file. Every document knows its position, and reading can begin after any of them: what comes before is
+passed over without being looked into.
 """
 
 from __future__ import annotations
@@ -59,17 +61,25 @@ def _read_files(files: list[str], start: Position, keys: Keys, troubles: Trouble
     for number in range(start.file, len(files)):
         name = files[number]
         source = Source(name, number, start.record if number == start.file else 0)
+        is_begun = source.start > 0
         try:
             for document in READERS[kind_of(name)](source, keys, troubles):
-                if document.text:
-                    yield document
-                else:
+                if not document.text:
                     troubles.counts[Cause.EMPTY] += 1
+                elif "\0" in document.text:
+                    place = f"U+0000 at character {document.text.index(chr(0))} of the text"
+                    what = f"{document.where}: {Cause.NUL} ({place})"
+                    troubles.meet(Cause.NUL, what, "take such characters out of it")
+                else:
+                    is_begun = True
+                    yield document
         # Arrow tells of damage by errors of its own, which are ValueErrors or OSErrors in part only, and damaged names
         # of columns or ids are no UTF-8.
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            troubles.meet(Cause.DAMAGED_FILE, f"cannot read {name} to its end: {reason}", "mend or replace the file")
+            outcome = "the rest of it is skipped" if is_begun else "none of its documents is taken"
+            what = f"cannot read {name} to its end: {reason}"
+            troubles.meet(Cause.DAMAGED_FILE, what, "mend or replace the file", outcome)
     if troubles.counts:
         counts = ", ".join(f"{count:,} {cause}" for cause, count in sorted(troubles.counts.items()))
         logger.warning("skipped in the input: %s", counts)

@@ -11,7 +11,10 @@ import numpy as np
 
 from cpt.config import Fault
 from cpt.data.corpus import Corpus
+from cpt.data.prepare.corpora import refuse_folder_of_corpora
+from cpt.data.prepare.sound_index import damage_of_index
 from cpt.data.prepare.tokenizers import Tokenizer
+from cpt.data.raw_streams import open_raw_streams
 from cpt.data.token_file import TokenFile
 
 PERCENTILES = (0, 10, 50, 90, 99, 100)
@@ -71,11 +74,13 @@ class Inspection:
 def inspect_corpus(path: str | Path, num_samples: int = 3, tokenizer: str | Path | None = None) -> Inspection:
     """Counts, lengths and the beginnings of a few documents, spread over it; reads a bounded part of the tokens.
 
-    tokenizer: of files that do not bring their own. Raises Fault if there is no corpus at path, or if its tokens are
-    not all of the tokenizer.
+    tokenizer: of files that do not bring their own. Raises Fault if there is no corpus at path, if its index is
+    damaged, or if its tokens are not all of the tokenizer.
     """
+    refuse_folder_of_corpora(path)
     corpus = Corpus.open(path)
     shards = [corpus.shard(index) for index in range(corpus.num_shards)]
+    _refuse_damaged(corpus, shards)
     special = _Special(Tokenizer.open(tokenizer or corpus.tokenizer) if tokenizer or corpus.tokenizer else None)
     lengths = np.concatenate([_some(shard.document_lengths, SAMPLED_LENGTHS // len(shards)) for shard in shards])
     if corpus.packed_length:
@@ -100,6 +105,14 @@ def inspect_corpus(path: str | Path, num_samples: int = 3, tokenizer: str | Path
         packed_length=corpus.packed_length,
         num_padding=corpus.num_padding,
     )
+
+
+def _refuse_damaged(corpus: Corpus, shards: list[TokenFile]) -> None:
+    raw = None if corpus.manifest else open_raw_streams(corpus.path)
+    files = [raw.index] if raw and raw.index else shards
+    damage = [line for file in files for line in damage_of_index(file)]
+    if damage:
+        raise Fault([*damage, f"cpt data verify {corpus.path} tells more; copy the files or write them again"])
 
 
 def _some(values: np.ndarray, count: int) -> np.ndarray:

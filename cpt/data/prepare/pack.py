@@ -24,6 +24,7 @@ from cpt.data.permutation import Permutation
 from cpt.data.prepare.aside import written_aside
 from cpt.data.prepare.best_fit import best_fit
 from cpt.data.prepare.build_progress import BuildProgress
+from cpt.data.prepare.corpora import refuse_folder_of_corpora
 from cpt.data.prepare.corpus_writer import SHARD_TOKENS, CorpusState, CorpusWriter, Origin
 from cpt.data.prepare.tokenizers import Tokenizer
 from cpt.data.shards import Shard
@@ -82,6 +83,7 @@ def pack_corpus(
         raise Fault(f"sequence_length = {sequence_length}; a bin holds at least 2 tokens, one to learn from another")
     if not 0 <= seed < 2**64:
         raise Fault(f"seed = {seed} is no seed; use a whole number from 0 to before 2 ** 64")
+    refuse_folder_of_corpora(path)
     corpus = Corpus.open(path)
     if corpus.manifest is None or corpus.tokenizer is None:
         raise Fault(f"{path} has no manifest with a tokenizer, which packing needs; build it with cpt data build")

@@ -24,6 +24,7 @@ from cpt.data.prepare.document import (
     Source,
     Troubles,
     is_domain,
+    kind_of_value,
     shown,
 )
 from cpt.data.prepare.input_files import COMPRESSIONS, STANDARD_INPUT
@@ -77,16 +78,15 @@ def _document_of_record(record: Any, keys: Keys, where: str, end: Position, trou
         # A line number finds a line of this file; an id finds the document in what the file was made of.
         where = f"{where} (id {identity})" if keys.id else where
     if not isinstance(record, dict):
-        kind = type(record).__name__
-        troubles.meet(Cause.BROKEN_JSON, f"{where} holds a {kind}, not an object with keys", "mend the line")
+        what = f"{where} holds {kind_of_value(record)}, not an object with keys"
+        troubles.meet(Cause.BROKEN_JSON, what, "mend the line")
     elif text_key not in record:
         known = nearest(text_key, record) if record else "it has no keys"
         troubles.meet(
             Cause.NO_TEXT, f'{where} has no key "{text_key}" ({known})', "name the key of the text (--text-key)"
         )
     elif not isinstance(record[text_key], str | None):
-        kind = type(record[text_key]).__name__
-        what = f'{where}: "{text_key}" holds a {kind}, not a string'
+        what = f'{where}: "{text_key}" holds {kind_of_value(record[text_key])}, not a string'
         troubles.meet(Cause.NO_TEXT, what, "name the key of the text (--text-key)")
     elif keys.id is not None and keys.id not in record:
         what = f'{where} has no key "{keys.id}" ({nearest(keys.id, record)})'
@@ -138,10 +138,26 @@ def _decoded(content: bytes, where: str, troubles: Troubles) -> str | None:
 
 
 def _open(name: str) -> contextlib.AbstractContextManager[BinaryIO]:
-    """The bytes of a file, decompressed. Arrow's streams notice truncation and read files of several members."""
+    """The bytes of a file, decompressed: of a compressed one, of which all is sound.
+
+    Arrow's streams notice truncation and read files of several members. Raises OSError for a damaged file.
+    """
     if name == STANDARD_INPUT:
         return contextlib.nullcontext(sys.stdin.buffer)
     compression = COMPRESSIONS.get(os.path.splitext(name.lower())[1])
-    if compression and os.path.getsize(name) == 0:
-        raise OSError(f"it is empty, which no {compression} file is")
+    if compression:
+        _refuse_damaged(name, compression)
     return io.BufferedReader(pa.input_stream(name, compression=compression), READ_BUFFER_BYTES)
+
+
+def _refuse_damaged(name: str, compression: str) -> None:
+    """Raises OSError if a compressed file is cut short, followed by garbage, or does not agree with its checksums.
+
+    A checksum comes after what it is of, and what a damaged file gives until then may look like text. Nothing may be
+    taken from it before, not even by a build that then stops: that may go on later, skipping what is damaged.
+    """
+    if os.path.getsize(name) == 0:
+        raise OSError(f"it is empty, which no {compression} file is")
+    with pa.input_stream(name, compression=compression) as stream:
+        while stream.read(READ_BUFFER_BYTES):
+            pass

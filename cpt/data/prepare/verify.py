@@ -13,13 +13,18 @@ import xxhash
 
 from cpt.config import Fault
 from cpt.data.corpus import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest, ShardEntry, faults_of_sizes, find_prefix
+from cpt.data.prepare.corpora import refuse_folder_of_corpora
+from cpt.data.prepare.counted import counted
+from cpt.data.prepare.sound_index import damage_of_index
 from cpt.data.prepare.tokenizers import Tokenizer
-from cpt.data.raw_streams import RawStream, RawStreams, open_raw_streams
+from cpt.data.raw_streams import RawStreams, open_raw_streams
 from cpt.data.shards import Shard, bin_path, idx_path
 from cpt.data.token_file import TokenFile
 
 TOKENS_AT_ONCE = 2**22
 BYTES_AT_ONCE = 2**24
+# Token ids from here on are of no model; read as another type, damaged or foreign files are full of them.
+NO_MODELS_ID = 2**31
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ def verify_corpus(path: str | Path, vocabulary_size: int | None = None) -> Verif
         except Fault as fault:
             return Verification((), fault.lines)
         return _verify_folder(path, manifest, vocabulary_size)
+    refuse_folder_of_corpora(path)
     try:
         raw = open_raw_streams(path)
     except Fault as fault:
@@ -86,7 +92,7 @@ def _verify_folder(folder: Path, manifest: Manifest, vocabulary_size: int | None
         line for entry in manifest.shards for line in _damage_of_entry(folder, entry, manifest, tally, vocabulary_size)
     ]
     num_shards = len(manifest.shards)
-    facts = [f"{num_shards:,} {'shard' if num_shards == 1 else 'shards'}, {2 * num_shards:,} checksums compared"]
+    facts = [f"{counted(num_shards, 'shard')}, {2 * num_shards:,} checksums compared"]
     facts += _facts(tally, vocabulary_size, manifest.end_of_document)
     if manifest.packed_length:
         facts.append(
@@ -99,10 +105,15 @@ def _verify_folder(folder: Path, manifest: Manifest, vocabulary_size: int | None
 
 
 def _facts(tally: _Tally, vocabulary_size: int | None, end_of_document: int | None) -> list[str]:
-    ids = "no token ids" if tally.smallest is None else f"token ids from {tally.smallest:,} to {tally.largest:,}"
+    ids = "no token ids"
     limit = "not known" if vocabulary_size is None else f"{vocabulary_size:,}"
+    if tally.largest is not None:
+        ids = f"token ids from {tally.smallest:,} to {tally.largest:,}"
+        if vocabulary_size is None:
+            limit += f", but it must be above {tally.largest:,}; --vocabulary checks it"
     facts = [
-        f"{tally.num_tokens:,} tokens in {tally.num_documents:,} documents, {tally.num_empty:,} of them empty",
+        f"{counted(tally.num_tokens, 'token')} in {counted(tally.num_documents, 'document')}, "
+        f"{tally.num_empty:,} of them empty",
         f"{ids}; size of the vocabulary: {limit}",
     ]
     num_ended = sum(tally.last_tokens.values())
@@ -148,8 +159,9 @@ def _damage_of_prefix(
     except Fault as fault:
         return list(fault.lines)
     # Before anything is looked up by position: a damaged index may point anywhere.
-    if not _is_index_sound(shard):
-        return [_contradiction(shard)]
+    contradictions = damage_of_index(shard)
+    if contradictions:
+        return contradictions
     damage = [
         f"{prefix}: {name} is {getattr(shard, name):,} where the manifest tells of {getattr(entry, name):,}"
         for name in ("num_tokens", "num_documents")
@@ -163,19 +175,21 @@ def _damage_of_prefix(
     num_endless = 0 if end is None else sum(last_tokens.values()) - last_tokens[end]
     if num_endless:
         damage.append(
-            f"{prefix} has {num_endless:,} documents that do not end in token {end}, "
+            f"{prefix} has {counted(num_endless, 'document')} that {'does' if num_endless == 1 else 'do'} not end in "
+            f"token {end}, "
             "the end of a document by the manifest"
         )
     return damage
 
 
 def _damage_of_raw(raw: RawStreams, tally: _Tally, vocabulary_size: int | None) -> list[str]:
-    if raw.index and not _is_index_sound(raw.index):
-        return [_contradiction(raw.index)]
-    damage = []
+    damage = damage_of_index(raw.index) if raw.index else []
+    if damage:
+        return damage
     for stream in raw.files:
-        if not _are_ends_sound(stream):
-            damage.append(f"{stream.prefix}: the ends of its documents are not in order or lie outside")
+        contradictions = damage_of_index(stream)
+        if contradictions:
+            damage += contradictions
             continue
         damage += _damage_of_ids(stream, stream.prefix, tally, vocabulary_size)
         _count_documents(stream, tally)
@@ -185,26 +199,6 @@ def _damage_of_raw(raw: RawStreams, tally: _Tally, vocabulary_size: int | None) 
         tally.num_empty += num_empty
         tally.num_documents += num_empty
     return damage
-
-
-def _contradiction(shard: Shard) -> str:
-    return f"{idx_path(shard.prefix)}: its lengths, offsets and documents contradict each other"
-
-
-def _is_index_sound(shard: Shard) -> bool:
-    lengths, documents = shard.sequence_lengths, shard.document_array
-    ends = np.cumsum(lengths, dtype=np.int64) * shard.dtype.itemsize
-    return (
-        bool((lengths >= 0).all())
-        and bool((shard.sequence_offsets == np.concatenate(([0], ends[:-1]))[: len(lengths)]).all())
-        and documents[0] == 0
-        and bool((np.diff(documents) >= 0).all())
-    )
-
-
-def _are_ends_sound(stream: RawStream) -> bool:
-    ends = stream.stated_ends
-    return not ends.size or bool(ends[0] >= 0 and ends[-1] <= stream.num_tokens and (np.diff(ends) >= 0).all())
 
 
 def _count_documents(file: TokenFile, tally: _Tally, shortest: int = 1) -> Counter[int]:
@@ -222,20 +216,23 @@ def _count_documents(file: TokenFile, tally: _Tally, shortest: int = 1) -> Count
 def _damage_of_ids(file: TokenFile, path: Path, tally: _Tally, vocabulary_size: int | None) -> list[str]:
     lows, highs = [], []
     num_beyond = 0
+    end = NO_MODELS_ID if vocabulary_size is None else vocabulary_size
     for start in range(0, file.num_tokens, TOKENS_AT_ONCE):
         tokens = file.read(start, min(start + TOKENS_AT_ONCE, file.num_tokens))
         lows.append(int(tokens.min()))
         highs.append(int(tokens.max()))
-        beyond = tokens < 0 if vocabulary_size is None else (tokens < 0) | (tokens >= vocabulary_size)
-        num_beyond += int(np.count_nonzero(beyond))
+        num_beyond += int(np.count_nonzero((tokens < 0) | (tokens >= end)))
     tally.num_tokens += file.num_tokens
     if lows:
         tally.smallest = min([*lows, *([] if tally.smallest is None else [tally.smallest])])
         tally.largest = max([*highs, *([] if tally.largest is None else [tally.largest])])
     if not num_beyond:
         return []
-    limit = "below 0" if vocabulary_size is None else f"outside the vocabulary of {vocabulary_size:,}"
-    return [f"{path} has {num_beyond:,} token ids {limit}, from {min(lows)} to {max(highs)}"]
+    limit = f"outside the vocabulary of {end:,}"
+    if vocabulary_size is None:
+        # Of no type are there both.
+        limit = "below 0" if min(lows) < 0 else f"from {end:,} on, which no model has"
+    return [f"{path} has {counted(num_beyond, 'token id')} {limit}, from {min(lows)} to {max(highs)}"]
 
 
 def _damage_of_tokenizer(folder: Path, manifest: Manifest) -> list[str]:

@@ -9,6 +9,7 @@ the rest        the work itself; what is newer than the checkpoint is thrown awa
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, final
 
 from cpt.config import Fault
-from cpt.data.prepare.aside import DISK_IS_FULL, make_folder, refuse_used, rename_to
+from cpt.data.prepare.aside import DISK_IS_FULL, FILE_TOO_LARGE, make_folder, refuse_used, rename_to
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,8 @@ def work_folder(
                 way_on = "the same command goes on"
             if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
                 raise OSError(error.errno, f"the disk is full; free some space, then {way_on}", str(path)) from error
+            if isinstance(error, OSError) and error.errno == errno.EFBIG:
+                raise OSError(error.errno, f"{FILE_TOO_LARGE}, then {way_on}", str(path)) from error
             raise
 
 
