@@ -22,9 +22,10 @@ _ROWS_AT_ONCE = 4096
 def loss_of_folder(folder: Path, num_parameters: int, tokens: Tensor) -> float:
     """Mean loss in nats a token of the folder's model under transformers, fp32 on the CPU, on `tokens` [N, S + 1].
 
-    A large model is computed layer by layer and is never in memory as a whole.
+    A large model is computed layer by layer and is never in memory as a whole. So is one in a legacy file, whose
+    weights transformers would not read with the weights-only reader alone.
     """
-    in_layers = probe.is_in_layers(num_parameters)
+    in_layers = probe.is_in_layers(num_parameters) or not any(folder.glob("*.safetensors"))
     return probe.loss_of(forward.of_folder(folder, in_layers), tokens, in_layers)
 
 

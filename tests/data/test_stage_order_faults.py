@@ -206,8 +206,8 @@ def test_a_corpus_that_the_lineage_read_at_another_length_is_read_again_only_whe
         return StageOrder({"old": Source(corpora / "old", **source)}, None, ledger, 2 * LENGTH, 1)
 
     assert order().faults_over(5) == [
-        "sources.old: the lineage has read 0.82 epochs of it in windows of another length, and which of its text is new "
-        "cannot be told from these; set max_epochs = 2 to read it all the same, or sequence_length back"
+        "sources.old: the lineage has read 0.82 epochs of it in windows of another length, and which of its text is "
+        "new cannot be told from these; set max_epochs = 2 to read it all the same, or sequence_length back"
     ]
     told = order(max_epochs=1).faults_over(5)  # 24 windows an epoch are left 0.18 of
     assert "the stage asks for 5 windows and may draw 4" in told[0]
