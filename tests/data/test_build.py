@@ -197,7 +197,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path, tokenizer, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(building, "_refuse_empty", interrupt)
+    monkeypatch.setattr(building, "refuse_empty", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build_corpus([path], tokenizer, tmp_path / "c")
     assert list(tmp_path.iterdir()) == [path]

@@ -199,7 +199,7 @@ def test_one_document_is_told_as_one(tmp_path, text, tokenizer, capsys):
 
 @pytest.mark.parametrize(
     ("size", "shown"),
-    [(0, "0 bytes"), (999, "999 bytes"), (1234, "1.2 kB"), (5_600_000, "5.6 MB"), (10**13, "10.0 TB")],
+    [(0, "0 bytes"), (1, "1 byte"), (999, "999 bytes"), (1234, "1.2 kB"), (5_600_000, "5.6 MB"), (10**13, "10.0 TB")],
 )
 def test_sizes_are_written_for_the_eye(size, shown):
     assert data._size(size) == shown

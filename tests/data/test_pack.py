@@ -19,6 +19,7 @@ from tokenizers import models
 from cpt.config import Fault
 from cpt.data.corpus import Corpus
 from cpt.data.prepare import pack as packing
+from cpt.data.prepare import sound_index
 from cpt.data.prepare.corpus_writer import CorpusWriter, Origin
 from cpt.data.prepare.pack import pack_corpus
 from cpt.data.prepare.tokenizers import Tokenizer
@@ -174,6 +175,7 @@ def test_padding_is_the_token_for_it_else_the_end_of_a_document_else_0(tmp_path,
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(packing, "DOCUMENTS_IN_GROUP", 2000)
+    monkeypatch.setattr(sound_index, "ENTRIES_AT_ONCE", 2000)
     peaks = []
     for number, count in enumerate((20_000, 200_000)):
         folder = tmp_path / str(number)
@@ -206,13 +208,34 @@ def test_what_cannot_be_packed_is_refused(tmp_path, tokenizer):
         pack_corpus(path, 8, tmp_path / "packed")
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, tokenizer, monkeypatch):
+@pytest.mark.parametrize("position", [34, -24], ids=["lengths", "documents"])
+def test_a_corpus_with_a_damaged_index_is_not_packed(tmp_path, tokenizer, position):
+    path = write_corpus(tmp_path / "in", tokenizer, [4, 7, 2])
+    content = bytearray((path / "shard-00000.idx").read_bytes())
+    content[position] ^= 0x40
+    (path / "shard-00000.idx").write_bytes(content)
+    with pytest.raises(Fault, match=r"idx: its lengths, .* contradict each other\ncpt data verify .*/c tells more"):
+        pack_corpus(path, 8, tmp_path / "packed")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, r"the disk of .* is full; free some space or choose another --output"),
+        (
+            errno.EFBIG,
+            r"packed: a file would grow larger than .* \(ulimit -f\) allows; raise the limit or choose another",
+        ),
+    ],
+)
+def test_a_disk_that_takes_no_more_is_told_and_leaves_nothing(tmp_path, tokenizer, monkeypatch, number, message):
     path = write_corpus(tmp_path / "in", tokenizer, [4, 7])
 
     def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("cpt.data.shards._ChecksummedFile.write", full)
-    with pytest.raises(Fault, match="the disk of .* is full; free some space or choose another --output"):
+    with pytest.raises(Fault, match=message):
         pack_corpus(path, 8, tmp_path / "packed")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

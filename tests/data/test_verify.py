@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from cpt.config import Fault
+from cpt.data.prepare import sound_index
 from cpt.data.prepare import verify as verifying
 from cpt.data.prepare.build import build_corpus
 from cpt.data.prepare.pack import pack_corpus
@@ -252,10 +253,13 @@ def test_negative_ids_of_a_bare_prefix_are_found(tmp_path):
         (34 + 36 + 8, struct.pack("<q", 2**40)),  # a document far outside
     ],
 )
-def test_an_index_that_contradicts_itself_is_found(tmp_path, position, content):
+@pytest.mark.parametrize("entries_at_once", [1, 2, 100])
+def test_an_index_that_contradicts_itself_is_found(tmp_path, position, content, entries_at_once, monkeypatch):
+    monkeypatch.setattr(sound_index, "ENTRIES_AT_ONCE", entries_at_once)
     with ShardWriter(tmp_path / "web", 500) as writer:
         for length in (1, 3, 2):
             writer.add_document(np.arange(length))
+    assert verify_corpus(tmp_path / "web").damage == ()
     overwrite(tmp_path / "web.idx", position, content)
     (damage,) = verify_corpus(tmp_path / "web").damage
     assert damage.endswith("web.idx: its lengths, offsets and documents contradict each other")

@@ -53,7 +53,7 @@ def stop_late(monkeypatch, error: BaseException) -> None:
     def stop(*_):
         raise error
 
-    monkeypatch.setattr(building, "_refuse_empty", stop)
+    monkeypatch.setattr(building, "refuse_empty", stop)
 
 
 def can_mount() -> bool:

@@ -26,7 +26,7 @@ from cpt.data.megatron_index import token_type
 from cpt.data.prepare.build_progress import BuildProgress
 from cpt.data.prepare.build_report import BuildReport, report_of
 from cpt.data.prepare.checkpoint import Checkpoint
-from cpt.data.prepare.corpora import SIDES, Corpora
+from cpt.data.prepare.corpora import SIDES, Corpora, refuse_empty
 from cpt.data.prepare.corpus_writer import SHARD_TOKENS, Origin
 from cpt.data.prepare.counted import counted
 from cpt.data.prepare.document import Document, Position
@@ -157,7 +157,7 @@ def build_corpus(
             checkpoint.is_read = True
         build.merge()
         if not checkpoint.is_finished:
-            _refuse_empty(corpora, inputs, holdout)
+            refuse_empty(corpora, inputs, holdout)
             build.write_checkpoint()
             corpora.finish(Origin(opened, inputs, recipe.end_of_document, recipe.begin_of_document))
             checkpoint.is_finished = True
@@ -284,19 +284,3 @@ class _Build:
             path.unlink(missing_ok=True)
         self._buffered = 0
         self._last_checkpoint = time.monotonic()
-
-
-def _refuse_empty(corpora: Corpora, inputs: Sequence[str | Path], holdout: float) -> None:
-    counts = [sum(writer.num_documents for writer in corpora.writers(side).values()) for side in (False, True)]
-    if not any(counts):
-        raise Fault(f"no document with text in {', '.join(map(str, inputs))}; a corpus is made of text")
-    if holdout and not all(counts):
-        side = "held out" if counts[0] else "left to train on"
-        raise Fault(
-            f"of {counted(sum(counts), 'document')}, none is {side} at --holdout {holdout:.2%}; use another share"
-        )
-    for is_held_out in (False, True) if holdout else ():
-        lacking = set(corpora.writers(not is_held_out)) - set(corpora.writers(is_held_out))
-        if lacking:
-            side = "held out" if is_held_out else "left to train on"
-            logger.warning("no document is %s of: %s", side, ", ".join(sorted(lacking)))

@@ -15,6 +15,7 @@ import numpy as np
 from cpt.config import Fault
 from cpt.data.corpus import MANIFEST_NAME
 from cpt.data.prepare.corpus_writer import SHARD_TOKENS, CorpusState, CorpusWriter, Origin
+from cpt.data.prepare.counted import counted
 from cpt.data.shards import bin_path, idx_path
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,23 @@ class Corpora:
                 f"more than {MOST_DOMAINS:,} domains, {domain!r} the last; --domain-key is for a key with few values"
             )
         return name
+
+
+def refuse_empty(corpora: Corpora, inputs: Sequence[str | Path], holdout: float) -> None:
+    """Raises Fault if no document came to the corpora, or none to a side of them; warns of domains of one side only."""
+    counts = [sum(writer.num_documents for writer in corpora.writers(side).values()) for side in (False, True)]
+    if not any(counts):
+        raise Fault(f"no document with text in {', '.join(map(str, inputs))}; a corpus is made of text")
+    if holdout and not all(counts):
+        side = "held out" if counts[0] else "left to train on"
+        raise Fault(
+            f"of {counted(sum(counts), 'document')}, none is {side} at --holdout {holdout:.2%}; use another share"
+        )
+    for is_held_out in (False, True) if holdout else ():
+        lacking = set(corpora.writers(not is_held_out)) - set(corpora.writers(is_held_out))
+        if lacking:
+            side = "held out" if is_held_out else "left to train on"
+            logger.warning("no document is %s of: %s", side, ", ".join(sorted(lacking)))
 
 
 def refuse_folder_of_corpora(path: str | Path) -> None:

@@ -96,9 +96,9 @@ class Troubles:
         self.meet(Cause.TOO_LONG, f"{where} is longer than {limit}, the most for one document", "split the document")
 
     def meet(self, cause: str, what: str, way_out: str, outcome: str = "it is skipped") -> None:
-        """Stop at a fault with a Fault that tells `what` and `way_out`, or count it by `cause`, tell `outcome` and go on.
+        """Stop at a fault with a Fault that tells `what` and `way_out`, or count it by `cause` and go on.
 
-        Of each cause the first one is told.
+        The first of each cause is told, with its `outcome`.
         """
         if not self._is_skipping:
             raise Fault(f"{what}; {way_out}, or leave such input out with --on-error skip")

@@ -12,7 +12,7 @@ import numpy as np
 from cpt.config import Fault
 from cpt.data.corpus import Corpus
 from cpt.data.prepare.corpora import refuse_folder_of_corpora
-from cpt.data.prepare.sound_index import damage_of_index
+from cpt.data.prepare.sound_index import refuse_damaged_index
 from cpt.data.prepare.tokenizers import Tokenizer
 from cpt.data.raw_streams import open_raw_streams
 from cpt.data.token_file import TokenFile
@@ -80,7 +80,8 @@ def inspect_corpus(path: str | Path, num_samples: int = 3, tokenizer: str | Path
     refuse_folder_of_corpora(path)
     corpus = Corpus.open(path)
     shards = [corpus.shard(index) for index in range(corpus.num_shards)]
-    _refuse_damaged(corpus, shards)
+    raw = None if corpus.manifest else open_raw_streams(corpus.path)
+    refuse_damaged_index([raw.index] if raw and raw.index else shards, corpus.path)
     special = _Special(Tokenizer.open(tokenizer or corpus.tokenizer) if tokenizer or corpus.tokenizer else None)
     lengths = np.concatenate([_some(shard.document_lengths, SAMPLED_LENGTHS // len(shards)) for shard in shards])
     if corpus.packed_length:
@@ -105,14 +106,6 @@ def inspect_corpus(path: str | Path, num_samples: int = 3, tokenizer: str | Path
         packed_length=corpus.packed_length,
         num_padding=corpus.num_padding,
     )
-
-
-def _refuse_damaged(corpus: Corpus, shards: list[TokenFile]) -> None:
-    raw = None if corpus.manifest else open_raw_streams(corpus.path)
-    files = [raw.index] if raw and raw.index else shards
-    damage = [line for file in files for line in damage_of_index(file)]
-    if damage:
-        raise Fault([*damage, f"cpt data verify {corpus.path} tells more; copy the files or write them again"])
 
 
 def _some(values: np.ndarray, count: int) -> np.ndarray:

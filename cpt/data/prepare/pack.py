@@ -26,6 +26,7 @@ from cpt.data.prepare.best_fit import best_fit
 from cpt.data.prepare.build_progress import BuildProgress
 from cpt.data.prepare.corpora import refuse_folder_of_corpora
 from cpt.data.prepare.corpus_writer import SHARD_TOKENS, CorpusState, CorpusWriter, Origin
+from cpt.data.prepare.sound_index import refuse_damaged_index
 from cpt.data.prepare.tokenizers import Tokenizer
 from cpt.data.shards import Shard
 
@@ -77,7 +78,7 @@ def pack_corpus(
     the rest is packed like a document. The bins of a group are in an order drawn from `seed`, from 0 to before 2 ** 64,
     since packing leaves the full ones first. The same request gives the same bytes.
 
-    Raises Fault for a corpus without a manifest or packed already, and for an output in use.
+    Raises Fault for a corpus without a manifest, packed already or with a damaged index, and for an output in use.
     """
     if sequence_length < 2:
         raise Fault(f"sequence_length = {sequence_length}; a bin holds at least 2 tokens, one to learn from another")
@@ -103,6 +104,7 @@ def _groups(corpus: Corpus) -> Iterator[_Group]:
     first_token = 0
     for index in range(corpus.num_shards):
         shard = corpus.shard(index)
+        refuse_damaged_index([shard], corpus.path)
         for first in range(0, shard.num_documents, DOCUMENTS_IN_GROUP):
             bounds = _starts(shard, first, min(first + DOCUMENTS_IN_GROUP, shard.num_documents))
             lengths = np.diff(bounds)

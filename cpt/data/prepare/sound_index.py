@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 
+from cpt.config import Fault
 from cpt.data.raw_streams import RawStream
 from cpt.data.shards import Shard, idx_path
+
+# Looked at in pieces, so that memory does not grow with the number of documents.
+ENTRIES_AT_ONCE = 2**16
+
+
+def refuse_damaged_index(files: Sequence[Shard | RawStream], path: str | Path) -> None:
+    """Raises Fault if the index of any of the files of the corpus at `path` is damaged."""
+    damage = [line for file in files for line in damage_of_index(file)]
+    if damage:
+        raise Fault([*damage, f"cpt data verify {path} tells more; copy the files or write them again"])
 
 
 def damage_of_index(file: Shard | RawStream) -> list[str]:
@@ -19,14 +33,18 @@ def damage_of_index(file: Shard | RawStream) -> list[str]:
 
 
 def _is_index_sound(shard: Shard) -> bool:
-    lengths, documents = shard.sequence_lengths, shard.document_array
-    ends = np.cumsum(lengths, dtype=np.int64) * shard.dtype.itemsize
-    return (
-        bool((lengths >= 0).all())
-        and bool((shard.sequence_offsets == np.concatenate(([0], ends[:-1]))[: len(lengths)]).all())
-        and documents[0] == 0
-        and bool((np.diff(documents) >= 0).all())
-    )
+    begin = 0
+    for first in range(0, len(shard.sequence_lengths), ENTRIES_AT_ONCE):
+        part = slice(first, first + ENTRIES_AT_ONCE)
+        num_bytes = shard.sequence_lengths[part].astype(np.int64) * shard.dtype.itemsize
+        ends = begin + np.cumsum(num_bytes)
+        if (num_bytes < 0).any() or (shard.sequence_offsets[part] != ends - num_bytes).any():
+            return False
+        begin = int(ends[-1])
+    documents = shard.document_array
+    # One more, to compare the last of a piece with the first of the next.
+    pieces = (documents[first : first + ENTRIES_AT_ONCE + 1] for first in range(0, len(documents), ENTRIES_AT_ONCE))
+    return documents[0] == 0 and not any((np.diff(piece) < 0).any() for piece in pieces)
 
 
 def _are_ends_sound(stream: RawStream) -> bool:

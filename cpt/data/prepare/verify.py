@@ -230,7 +230,7 @@ def _damage_of_ids(file: TokenFile, path: Path, tally: _Tally, vocabulary_size: 
         return []
     limit = f"outside the vocabulary of {end:,}"
     if vocabulary_size is None:
-        # Of no type are there both.
+        # No type holds both kinds.
         limit = "below 0" if min(lows) < 0 else f"from {end:,} on, which no model has"
     return [f"{path} has {counted(num_beyond, 'token id')} {limit}, from {min(lows)} to {max(highs)}"]
 
