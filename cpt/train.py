@@ -311,7 +311,7 @@ def _prepare_folder(run: Run, folder: RunFolder, mesh: Mesh, parent: tree.Parent
         # First: it makes the folder a run's. What comes after is made again if the run was ended in between.
         write_yaml(run, folder.path / "run.yaml", "Every setting of this run; cpt train FILE starts the same again.")
         if not (folder.path / "lineage.json").is_file():
-            tree.write_lineage(folder.path, parent)
+            tree.write_lineage(folder.path, parent, run.weights)
         tokenizer = next((corpus.tokenizer for corpus in corpora if corpus.tokenizer), run.tokenizer)
         if tokenizer and not (folder.path / "tokenizer").is_dir():
             aside = folder.path / "tokenizer.aside"

@@ -154,7 +154,7 @@ def _import(arguments: argparse.Namespace) -> int:
             + yaml.safe_dump({"model": {"name": name, **as_mapping(settings)}}, sort_keys=False),
             encoding="utf-8",
         )
-        write_lineage(path, None)
+        write_lineage(path, None, arguments.folder.absolute())
         folder.finish(0, 0)
     print(f"imported {arguments.folder} ({name}, {settings.num_parameters:,} parameters) to {arguments.output}")
     print(

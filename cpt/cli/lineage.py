@@ -21,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the line of ancestors and the ledger."""
     for depth, member in enumerate(ancestry(arguments.run)):
-        began = (
-            f"began at step {member.parent.step} of {member.parent.run.name}" if member.parent else "began from nothing"
-        )
+        began = f"began from {member.weights or 'nothing'}"
+        if member.parent:
+            began = f"began at step {member.parent.step} of {member.parent.run.name}"
         print(f"{'   ' * depth}{'└─ ' if depth else ''}{member.run}  ({began})")
     path = arguments.run / "ledger.json"
     if not path.is_file():

@@ -23,15 +23,21 @@ class Parent:
 
 @dataclass(frozen=True)
 class Member:
-    """One run of the tree."""
+    """One run of the tree. `weights`: the Hugging Face folder that it began with, if it did."""
 
     run: Path
     parent: Parent | None
+    weights: str | None = None
 
 
-def write_lineage(run: Path, parent: Parent | None) -> None:
-    """Write `lineage.json` of the run folder; the parent's place is kept relative to it, so that both can be moved."""
+def write_lineage(run: Path, parent: Parent | None, weights: Path | None = None) -> None:
+    """Write `lineage.json` of the run folder; the parent's place is kept relative to it, so that both can be moved.
+
+    `weights`: the Hugging Face folder that a run without a parent began with.
+    """
     plain: dict[str, Any] = {"format_version": 1, "run": run.name, "parent": None}
+    if weights:
+        plain["weights"] = str(weights)
     if parent:
         plain["parent"] = {
             "run": os.path.relpath(parent.run.resolve(), run.resolve()),  # `..` means little beside a symbolic link
@@ -47,8 +53,9 @@ def write_lineage(run: Path, parent: Parent | None) -> None:
 def read_lineage(run: Path) -> Member:
     """The run and its parent; Fault if the folder is no run or its `lineage.json` is damaged."""
     try:
-        above = json.loads((run / "lineage.json").read_text(encoding="utf-8"))["parent"]
-        return Member(run, _parent(run, above) if above else None)
+        plain = json.loads((run / "lineage.json").read_text(encoding="utf-8"))
+        above = plain["parent"]
+        return Member(run, _parent(run, above) if above else None, plain.get("weights"))
     except FileNotFoundError:
         raise Fault(f"{run} is no run folder: it has no lineage.json; name the folder that a run wrote to") from None
     except OSError as error:

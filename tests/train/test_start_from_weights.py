@@ -13,6 +13,7 @@ from cpt_harness import runs
 from safetensors.torch import load_file, save_file
 
 from cpt.checkpoint import RunFolder
+from cpt.lineage.tree import read_lineage
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,7 @@ def test_its_folder_says_the_model_in_full_and_holds_the_tokenizer_alone(exporte
     plain = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
     assert plain["model"] == {**plain["model"], **runs.MODEL}
     assert plain["weights"] == str(exported)
+    assert read_lineage(tmp_path / "run").weights == str(exported)
     assert sorted(p.name for p in (tmp_path / "run" / "tokenizer").iterdir()) == [
         "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
