@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cpt.checkpoint import Place, RunFolder
 from cpt.config import build, write_yaml
 from cpt.data.check import open_corpora
@@ -69,7 +71,9 @@ def train(run: Run, mesh: Mesh) -> Outcome:
     held_out = held_out_of(run)
     refuse_bad_stages(run, place)
     kernels = switch.choose(run.kernels, mesh.device)
-    model = build(run.model_before, "Model", kernels)
+    with torch.device("meta"):  # random values that nobody would read cost minutes and memory; the engine fills in
+        model = build(run.model_before, "Model", kernels)
+    model.materialise(torch.device("cpu"))
     engine = Engine(
         model,
         run.engine,

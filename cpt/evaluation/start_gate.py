@@ -27,7 +27,7 @@ class Settings:
 
     windows: int = 4
     tolerance: float = 0.01
-    largest_jump: float = 1.0
+    largest_jump: float = 2.0
 
     def faults(self) -> list[str]:
         """Numbers below 0."""
