@@ -19,10 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cpt.checkpoint import Place, RunFolder
-from cpt.config import build, write_yaml
+from cpt.config import beside, build, write_yaml
 from cpt.data.check import open_corpora
 from cpt.data.corpus import Corpus
 from cpt.data.loader import Batch, Loader
@@ -34,6 +32,7 @@ from cpt.evaluation.held_out import HeldOut
 from cpt.evaluation.start_gate import StartGate
 from cpt.lineage import chain, tree
 from cpt.lineage.ledger import Ledger
+from cpt.models.layers.cutting import built_part
 from cpt.observe.journal import Journal
 from cpt.observe.logs import log_to_file
 from cpt.observe.signals import StopRequest, listening_for_stop
@@ -71,9 +70,8 @@ def train(run: Run, mesh: Mesh) -> Outcome:
     held_out = held_out_of(run)
     refuse_bad_stages(run, place)
     kernels = switch.choose(run.kernels, mesh.device)
-    with torch.device("meta"):  # random values that nobody would read cost minutes and memory; the engine fills in
-        model = build(run.model_before, "Model", kernels)
-    model.materialise(torch.device("cpu"))
+    cuts = beside(run.model, "CUTS")
+    model = built_part(lambda: build(run.model_before, "Model", kernels), cuts, mesh.tensor)
     engine = Engine(
         model,
         run.engine,
@@ -161,7 +159,7 @@ class _Loop:
         while not is_last:
             started, progress = time.perf_counter(), place.progress
             first_slot = progress.stage_tokens // run.sequence_length
-            seed_step(run.seed, progress.step, self.mesh.rank)
+            seed_step(run.seed, progress.step, self.mesh.data_rank)
             batch = loader.batch(first_slot, num_windows)
             rate = schedule.rate(progress)
             is_asked = self.stop.signal is not None
@@ -174,6 +172,7 @@ class _Loop:
             self._record(stage, order, place, result, time.perf_counter() - started)
             if self.gate and (fault := self.gate.fault_after(place.progress.step)):
                 raise TrainingError(fault)
+            self._refuse_differing_copies(place.progress)
             is_last = place.progress.stage_tokens >= stage.total_tokens
             if is_last:
                 self.engine.end_stage(place.progress)
@@ -187,6 +186,15 @@ class _Loop:
             if result.stop_asked and place.progress.stage < len(run.stages):
                 return place, True
         return place, False
+
+    def _refuse_differing_copies(self, progress: Progress) -> None:
+        """Raise TrainingError if ranks that should hold the same weights do not, where that is looked at."""
+        every = self.run.mesh.check_every_steps
+        if every and progress.step % every == 0 and (names := self.engine.differing_copies()):
+            raise TrainingError(
+                f"after step {progress.step} the copies of {', '.join(names[:3])} differ between ranks: a machine "
+                f"computes wrongly, or a sum between ranks does. {self._way_on()}"
+            )
 
     def _warm(self, place: Place) -> None:
         """Fill AdamW's moments at learning rate 0 on what the first stage begins with, if that is asked for."""
@@ -330,9 +338,13 @@ def _prepare_folder(run: Run, folder: RunFolder, mesh: Mesh, parent: tree.Parent
 def _tell_what_was_built(run: Run, mesh: Mesh, model: Any, kernels: switch.Kernels, peak: str) -> None:
     accumulation = run.batch.windows_a_rank(mesh.data_size) // run.batch.micro_batch_on(mesh.data_size)
     _log.info(
-        "%d parameters, %s, ZeRO %d on %d rank(s) of %s; a step is %d windows of %d tokens, %d micro-batch(es) a rank",
-        model.num_parameters(), run.precision, run.zero, mesh.size, mesh.device.type, run.batch.windows,
-        run.sequence_length, accumulation,
+        "%d parameters, %s, ZeRO %d on %d rank(s) of %s, data %d x tensor %d; "
+        "a step is %d windows of %d tokens, %d micro-batch(es) a rank",
+        model.num_parameters(), run.precision, run.zero, mesh.size, mesh.device.type, mesh.data_size, mesh.tensor.size,
+        run.batch.windows, run.sequence_length, accumulation,
     )  # fmt: skip
-    _log.info("kernels: %s", "; ".join(f"{operation}: {twin}" for operation, twin in kernels.told.items()))
+    told = kernels.told
+    if mesh.tensor.size > 1:
+        told = {**told, "cross_entropy": "vocabulary-parallel (always, with mesh.tensor)"}
+    _log.info("kernels: %s", "; ".join(f"{operation}: {twin}" for operation, twin in told.items()))
     _log.info("MFU is told against %s, causal FLOP count", peak)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cpt.checkpoint.write import FORMAT_VERSION, checkpoint_folders, checksum, step_folder
+from cpt.checkpoint.write import READABLE_VERSIONS, checkpoint_folders, checksum, step_folder
 from cpt.config import Fault
 
 _log = logging.getLogger(__name__)
@@ -36,11 +36,12 @@ class Checkpoint:
             if check and checksum(path) != expected:
                 raise Fault(f"{path} has changed since it was written: the checkpoint is damaged")
         index = _read_json(folder / "index.json")
-        if index.get("format_version") != FORMAT_VERSION:
-            raise Fault(f"{folder}: format {index.get('format_version')}, this version of cpt reads {FORMAT_VERSION}")
+        if index.get("format_version") not in READABLE_VERSIONS:
+            readable = " and ".join(map(str, READABLE_VERSIONS))
+            raise Fault(f"{folder}: format {index.get('format_version')}, this version of cpt reads {readable}")
         self.state: dict[str, Any] = _read_json(folder / "state.json")
         self._tensors: dict[str, dict[str, Any]] = index["tensors"]
-        pieces = {file for of_kind in self._tensors.values() for t in of_kind.values() for *_, file, _ in t["pieces"]}
+        pieces = {piece[2] for of_kind in self._tensors.values() for t in of_kind.values() for piece in t["pieces"]}
         for name in sorted(pieces - set(sums)):
             raise Fault(f"{folder / 'checksums.json'} does not name {name}: the checkpoint is damaged")
         self._open: dict[str, Any] = {}
@@ -75,6 +76,10 @@ class Checkpoint:
         """
         tensor = self._tensors[kind][name]
         stop = math.prod(tensor["shape"]) if stop is None else stop
+        if self.is_in_columns(kind, name):
+            width = tensor["shape"][1]
+            row, stop_row = start // width, -(-stop // width)
+            return self._read_rows(kind, name, row, stop_row)[start - row * width : stop - row * width]
         out = torch.empty(stop - start, dtype=torch.float32)
         num_copied = 0
         for first, last, file, key in tensor["pieces"]:
@@ -82,14 +87,42 @@ class Checkpoint:
             if low < high:
                 out[low - start : high - start] = self._file(file).get_slice(key)[low - first : high - first]
                 num_copied += high - low
-        if num_copied != stop - start:
-            raise Fault(f"{self.folder}: {kind} of {name} has {num_copied} of the {stop - start} elements asked for")
+        self._refuse_gaps(kind, name, num_copied, len(out))
         return out
+
+    def is_in_columns(self, kind: str, name: str) -> bool:
+        """Whether some piece of a parameter holds some of its columns only, because a tensor group wrote it."""
+        return any(len(piece) > 4 for piece in self._tensors[kind][name]["pieces"])
+
+    def _read_rows(self, kind: str, name: str, row: int, stop_row: int) -> torch.Tensor:
+        """The rows of a matrix, flattened, from pieces of columns."""
+        tensor = self._tensors[kind][name]
+        rows = torch.empty(stop_row - row, tensor["shape"][1], dtype=torch.float32)
+        num_copied = 0
+        for first, last, file, key, (column, stop_column) in tensor["pieces"]:
+            width = stop_column - column
+            low, high = max(first, row * width), min(last, stop_row * width)
+            if low < high:
+                here = rows[:, column:stop_column]
+                # A copy, because a piece may begin and end within a row.
+                filled = here.clone(memory_format=torch.contiguous_format).view(-1)
+                filled[low - row * width : high - row * width] = self._file(file).get_slice(key)[
+                    low - first : high - first
+                ]
+                here.copy_(filled.view(here.shape))
+                num_copied += high - low
+        self._refuse_gaps(kind, name, num_copied, rows.numel())
+        return rows.reshape(-1)
+
+    def _refuse_gaps(self, kind: str, name: str, num_copied: int, number: int) -> None:
+        if num_copied != number:
+            raise Fault(f"{self.folder}: {kind} of {name} has {num_copied} of the {number} elements asked for")
 
     def places(self, kind: str, name: str) -> list[tuple[int, int, Path, str]]:
         """(first element, last + 1, file, name in the file) of each piece of a parameter, by first element.
 
-        For a reader of its own, which holds less in memory than `read`. Raises Fault if pieces are missing.
+        For a reader of its own, which holds less in memory than `read`; not of what `is_in_columns`. Raises Fault if
+        pieces are missing.
         """
         tensor = self._tensors[kind][name]
         stop = 0

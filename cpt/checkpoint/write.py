@@ -6,7 +6,8 @@
         state.json                  progress, ledger, optimiser updates, numbers of the methods
         checksums.json              XXH3-128 of every other file; written last
 
-A kind is `master`, `exp_avg`, `exp_avg_sq` or `method/NAME/KEY`. Nothing here depends on how many ranks there were.
+A kind is `master`, `exp_avg`, `exp_avg_sq` or `method/NAME/KEY`. A piece with `columns` holds elements of these columns
+of the parameter alone, counted as if there were no others. Nothing here depends on how many ranks there were.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from safetensors.torch import save_file
 from cpt.parallel.mesh import Mesh
 from cpt.parallel.weights import Piece
 
-FORMAT_VERSION = 1
+# 1 had no columns, and is read as well.
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -82,7 +85,9 @@ def write_first(
     """
     aside, file = folder.with_name(f".{folder.name}.aside"), "pieces-00000.safetensors"
     keys = {name: f"master|{name}|0" for name in shapes}
-    entries = [["master", name, list(shape), 0, math.prod(shape), file, keys[name]] for name, shape in shapes.items()]
+    entries = [
+        ["master", name, list(shape), 0, math.prod(shape), file, keys[name], None] for name, shape in shapes.items()
+    ]
     _make_anew(aside)
     try:
         digest = xxhash.xxh3_128()
@@ -123,13 +128,12 @@ def _write_pieces(
     file = f"pieces-{mesh.rank:05d}.safetensors"
     contents, entries = {}, []
     for kind, of_kind in tensors.items():
-        for number, (piece, tensor) in enumerate(zip(pieces, of_kind, strict=True)):
-            # What all ranks hold is written once; taking turns spreads it over their disks.
-            if piece.is_copy and number % mesh.data_size != mesh.data_rank:
+        for piece, tensor in zip(pieces, of_kind, strict=True):
+            if not piece.is_counted:
                 continue
             key = f"{kind}|{piece.name}|{piece.start}"
             contents[key] = tensor.detach().contiguous().cpu()
-            entries.append([kind, piece.name, list(piece.shape), piece.start, piece.stop, file, key])
+            entries.append([kind, piece.name, list(piece.shape), piece.start, piece.stop, file, key, piece.columns])
     save_file(contents, aside / file)
     _to_disk(aside / file)
     (aside / f"index-{mesh.rank:05d}.json").write_text(json.dumps(entries), encoding="utf-8")
@@ -139,9 +143,9 @@ def _finish(aside: Path, folder: Path, state: Mapping[str, Any], known_sums: Map
     """`known_sums`: checksums of files that need not be read again."""
     index: dict[str, Any] = {"format_version": FORMAT_VERSION, "tensors": {}}
     for part in sorted(aside.glob("index-*.json")):
-        for kind, name, shape, start, stop, file, key in json.loads(part.read_text(encoding="utf-8")):
+        for kind, name, shape, start, stop, file, key, columns in json.loads(part.read_text(encoding="utf-8")):
             tensor = index["tensors"].setdefault(kind, {}).setdefault(name, {"shape": shape, "pieces": []})
-            tensor["pieces"].append([start, stop, file, key])
+            tensor["pieces"].append([start, stop, file, key, *([columns] if columns else [])])
         part.unlink()
     for of_kind in index["tensors"].values():
         for tensor in of_kind.values():

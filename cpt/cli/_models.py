@@ -111,6 +111,8 @@ class _Masters(Mapping[str, torch.Tensor]):
 
     def reader(self, name: str) -> Reader:
         """Reads a master in pieces, however many ranks wrote it; an imported one in the type that it came in."""
+        if self._checkpoint.is_in_columns("master", name):
+            return _InColumns(self._checkpoint, name)
         places = self._checkpoint.places("master", name)
         parts = [(first, last, self._file(file)[key]) for first, last, file, key in places]
         return Chained(self._shapes[name], parts)
@@ -131,3 +133,15 @@ class _Masters(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._shapes)
+
+
+class _InColumns(Reader):
+    """A master of which each rank of a tensor group wrote some columns."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self.shape, self.dtype = checkpoint.shapes[name], torch.float32
+        self._checkpoint, self._name = checkpoint, name
+
+    def read_into(self, start: int, out: torch.Tensor) -> None:
+        """From the rows that they lie in."""
+        out.copy_(self._checkpoint.read("master", self._name, start, start + len(out)))

@@ -30,6 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     is_everybodys = True  # all ranks find the same faults in the settings, and the first one tells
     try:
         settings = read_run(arguments.settings)
+        if faults := settings.faults_on(place.world_size):
+            raise Fault(faults)
         is_everybodys = False  # why a rank cannot meet the others, only it can tell
         num_devices = num_gpus()
         with open_mesh(

@@ -1,6 +1,6 @@
 """Settings: YAML and key=value in, frozen dataclasses out, every fault told at once."""
 
-from cpt.config.choices import build, chosen_from, name_of_choice, names_of_choices
+from cpt.config.choices import beside, build, chosen_from, name_of_choice, names_of_choices
 from cpt.config.faults import Fault
 from cpt.config.read import as_mapping, read_mapping, read_settings
 from cpt.config.write import write_yaml
@@ -8,6 +8,7 @@ from cpt.config.write import write_yaml
 __all__ = [
     "Fault",
     "as_mapping",
+    "beside",
     "build",
     "chosen_from",
     "name_of_choice",

@@ -39,6 +39,11 @@ def name_of_choice(settings: Any) -> str:
     return type(settings).__module__.rsplit(".", 1)[-1]
 
 
+def beside(settings: Any, name: str) -> Any:
+    """What the file that defines `settings` has under `name`: `beside(model_settings, "CUTS")`."""
+    return getattr(sys.modules[type(settings).__module__], name)
+
+
 def build(settings: Any, kind: str, *arguments: Any, **named: Any) -> Any:
     """Make the class `kind` of the file that defines `settings`: `build(settings, "Schedule", stage_tokens)`."""
-    return getattr(sys.modules[type(settings).__module__], kind)(settings, *arguments, **named)
+    return beside(settings, kind)(settings, *arguments, **named)

@@ -13,6 +13,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from cpt.config import Fault
 from cpt.engine.settings import Settings, deepspeed_settings
 from cpt.methods import Forward, Seams
 from cpt.parallel.mesh import Mesh
+from cpt.parallel.mpu import ModelParallelUnit, is_counted, mark_parts
 from cpt.parallel.weights import MOMENTS, Masters
 from cpt.progress import Progress
 from cpt_kernels.documents import model_inputs, num_counting
@@ -66,7 +68,7 @@ class Engine:
     ) -> None:
         import deepspeed
 
-        faults = settings.batch.faults_on(mesh.data_size) + _unfit(settings.deepspeed)
+        faults = settings.batch.faults_on(mesh.data_size) + _unfit(settings.deepspeed, mesh)
         if faults:
             raise Fault(faults)
         self._settings, self._mesh, self._methods = settings, mesh, tuple(methods)
@@ -76,14 +78,16 @@ class Engine:
             {"params": [p for n, p in named if not decays(n)], "weight_decay": 0.0},
         ]
         self._model = model
+        mark_parts(model)
         # BF16_Optimizer prints what memory there is, seven times, whatever its settings say.
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=make_optimizer([g for g in groups if g["params"]]),
                 config=deepspeed_settings(settings, mesh.data_size),
+                mpu=ModelParallelUnit(mesh) if mesh.tensor.size > 1 else None,
             )
-        self.masters = Masters(self._engine, model, settings.zero)
+        self.masters = Masters(self._engine, model, settings.zero, mesh)
         self._progress = Progress()
         self._clipped_norm = 0.0
         # DeepSpeed's engines all end a step in one call of this bound method, at every ZeRO stage.
@@ -154,6 +158,8 @@ class Engine:
             by_window = losses.detach().sum(dim=1, dtype=torch.float64).cpu()  # [B]
             sums[0].index_add_(0, sources[here], by_window)
             sums[1].index_add_(0, sources[here], counts[here].to(sums.dtype))
+        if self._mesh.tensor.rank:
+            sums.zero_()  # the first of a tensor group speaks for its windows; asked to stop may be any
         sums[0, -1] = float(stop_asked)
         sums = self._mesh.sum(sums.to(self._mesh.device)).cpu()
         return StepResult(
@@ -196,6 +202,11 @@ class Engine:
         if any(changed):
             self.masters.refresh()
 
+    def differing_copies(self) -> list[str]:
+        """Parameters that some rank holds otherwise than the others that should hold the same; the same on all."""
+        found = self.masters.differing_copies()
+        return found or ["one on another rank"] if self._mesh.any(bool(found)) else []
+
     def report(self) -> dict[str, float]:
         """What the methods have to tell about the last step, for `metrics.jsonl`."""
         return {key: value for method in self._methods for key, value in method.report().items()}
@@ -222,10 +233,10 @@ class Engine:
             )
         if faults:
             raise Fault(faults)
-        self.fill(lambda name, start, stop: checkpoint.read("master", name, start, stop))
+        self.fill(partial(checkpoint.read, "master"))
         if with_optimizer:
             for moment in MOMENTS:
-                self.masters.fill(lambda n, a, b, moment=moment: checkpoint.read(moment, n, a, b), moment)
+                self.masters.fill(partial(checkpoint.read, moment), moment)
             self.masters.num_updates = checkpoint.state["optimizer_updates"]
         if with_methods:
             for method in self._methods:
@@ -237,7 +248,7 @@ class Engine:
         What a micro-batch's losses are divided by: DeepSpeed takes the mean over micro-batches and ranks, and each
         weighs the same there, however many of its own targets count.
         """
-        total = self._mesh.sum(counts.sum().double().to(self._mesh.device))
+        total = self._mesh.sum_over_data(counts.sum().double().to(self._mesh.device))
         return total.clamp(min=1) / (num_micro_batches * self._mesh.data_size)
 
     def _load_method(self, method: Seams, checkpoint: Checkpoint) -> None:
@@ -250,7 +261,7 @@ class Engine:
         for kind in checkpoint.kinds:
             if kind.startswith(prefix):
                 state[kind.removeprefix(prefix)] = [
-                    checkpoint.read(kind, p.name, p.start, p.stop).to(p.values.device) for p in self.masters.pieces
+                    piece.take(partial(checkpoint.read, kind)).to(piece.values.device) for piece in self.masters.pieces
                 ]
         if state:
             method.load_state_dict(state)
@@ -269,8 +280,13 @@ class Engine:
 
     def _clip_whole_gradients(self) -> bool:
         """Clip as DeepSpeed does at the other stages; False, and the update is left out, if the norm is not finite."""
-        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        with_gradient = [p for p in self._model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in with_gradient]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in with_gradient if is_counted(p, self._mesh)])
+        if self._mesh.tensor.size > 1:
+            norm = norm.square()
+            torch.distributed.all_reduce(norm, group=self._mesh.tensor.handle)
+            norm = norm.sqrt()
         self._clipped_norm = float(norm)
         self._engine.optimizer.overflow = not math.isfinite(self._clipped_norm)
         if self._settings.optimizer.clip and not self._engine.optimizer.overflow:
@@ -283,8 +299,29 @@ class Engine:
         return self._clipped_norm if self._settings.zero == 0 else float(self._engine.get_global_grad_norm())
 
 
-def _unfit(block: dict[str, Any]) -> list[str]:
-    """Settings of a `deepspeed:` block that take away what a step is told with."""
-    if block.get("zero_optimization", {}).get("compute_grad_norm", "auto") in ("auto", True):
-        return []
-    return ["deepspeed.zero_optimization.compute_grad_norm: every step is told with its gradient norm; leave it out"]
+def _unfit(block: dict[str, Any], mesh: Mesh) -> list[str]:
+    """Settings of a `deepspeed:` block that take away what a step is told with, or mix up the ranks of the mesh."""
+    zero = block.get("zero_optimization", {})
+    zero = zero if isinstance(zero, dict) else {}
+    faults = []
+    if zero.get("compute_grad_norm", "auto") not in ("auto", True):
+        faults.append(
+            "deepspeed.zero_optimization.compute_grad_norm: every step is told with its gradient norm; leave it out"
+        )
+    if mesh.tensor.size > 1:
+        faults += [
+            f"deepspeed.zero_optimization.{name} with mesh.tensor = {mesh.tensor.size}: DeepSpeed would make groups of "
+            "neighbouring ranks, which hold different parts of a layer; leave one of them out"
+            for name in _GROUPS_OF_NEIGHBOURS
+            if (value := zero.get(name)) is True or (isinstance(value, int) and value > 1)
+        ]
+    return faults
+
+
+# With them DeepSpeed cuts or sends within groups of neighbouring ranks, whatever the mesh.
+_GROUPS_OF_NEIGHBOURS = (
+    "zero_hpz_partition_size",
+    "zero_quantized_gradients",
+    "zero_quantized_weights",
+    "mics_shard_size",
+)

@@ -106,7 +106,7 @@ class HeldOut:
             if len(mine):
                 counts = num_counting(tokens, starts)
                 sums += torch.tensor([float(losses.sum()), float(counts.sum())], dtype=torch.float64)
-        total, num_tokens = mesh.sum(sums.to(mesh.device)).tolist()
+        total, num_tokens = mesh.sum_over_data(sums.to(mesh.device)).tolist()
         if not num_tokens:
             raise Fault(
                 f"{self.corpus.path}: every target in its windows begins a document, so that none can be scored; "

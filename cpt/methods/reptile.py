@@ -63,9 +63,9 @@ class Method(Seams):
         if self._updates_since < self.settings.every:
             return False
         self._updates_since = 0
-        squares = 0.0
+        squares = []
         for piece, anchor in zip(masters.pieces, self._anchor, strict=True):
-            squares += float((piece.values - anchor).square().sum(dtype=torch.float64))
+            squares.append(float((piece.values - anchor).square().sum(dtype=torch.float64)))
             if self.settings.step_size < 1:  # lerp with weight 1 need not be the identity in floating point
                 piece.values.copy_(torch.lerp(anchor, piece.values, self.settings.step_size))
             anchor.copy_(piece.values)

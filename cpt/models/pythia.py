@@ -86,6 +86,11 @@ class Settings(Shape):
     attends_across_documents: ClassVar[bool] = True
 
     @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads: as many as query heads."""
+        return self.heads
+
+    @property
     def width_of_head(self) -> int:
         """Width of one head: the model's width shared out among the heads."""
         return self.width // self.heads

@@ -1,7 +1,12 @@
 """The grid of ranks, handed over as an object: its axes are pipeline, data, sequence and tensor.
 
-Today every rank is a data rank; the other axes are settings already so that a config says what it wants and is told
-what it can have.
+Ranks that follow one another are a tensor group, so that it stays within a machine; data takes what remains:
+
+    mesh: {tensor: 2} on 4 ranks     rank 0  1 | 2  3
+                              data rank    0  0 | 1  1      other windows of a batch on each
+                            tensor rank    0  1 | 0  1      other rows and columns of the layers on each
+
+Pipeline and sequence are settings already so that a config says what it wants and is told what it can have.
 """
 
 from __future__ import annotations
@@ -24,45 +29,75 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """How the ranks are cut; data takes what remains."""
+    """How the ranks are cut; data takes what remains.
+
+    `check_every_steps`: end the run if ranks that should hold the same weights do not, to the bit; None: never look.
+    """
 
     pipeline: int = 1
     sequence: int = 1
     tensor: int = 1
     timeout_seconds: int = 1800
+    check_every_steps: int | None = None
 
     def faults(self) -> list[str]:
         """Axes that this version cannot cut along, a time-out that leaves no time."""
-        late = [] if self.timeout_seconds >= 1 else [f"timeout_seconds = {self.timeout_seconds}: at least 1"]
-        return late + [
-            f"{axis} = {getattr(self, axis)}: this version cuts along data only; use 1"
-            for axis in ("pipeline", "sequence", "tensor")
+        faults = [] if self.timeout_seconds >= 1 else [f"timeout_seconds = {self.timeout_seconds}: at least 1"]
+        if self.check_every_steps is not None and self.check_every_steps < 1:
+            faults.append(f"check_every_steps = {self.check_every_steps}: at least 1; leave it out to never look")
+        if self.tensor < 1:
+            faults.append(f"tensor = {self.tensor}: at least 1")
+        return faults + [
+            f"{axis} = {getattr(self, axis)}: this version cuts along data and tensor only; use 1"
+            for axis in ("pipeline", "sequence")
             if getattr(self, axis) != 1
         ]
+
+    def faults_on(self, num_ranks: int) -> list[str]:
+        """Why so many ranks cannot be cut like this, with the values that would do."""
+        if num_ranks % self.tensor == 0:
+            return []
+        return [f"mesh.tensor = {self.tensor} cannot cut {num_ranks} ranks; use {one_of(divisors(num_ranks))}"]
+
+    def data_size(self, num_ranks: int) -> int:
+        """How many of so many ranks see different windows."""
+        return num_ranks // self.tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks along one axis: this rank's place among them, and how torch names them; None if it is alone."""
+
+    rank: int = 0
+    size: int = 1
+    handle: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
 class Mesh:
     """This rank's place in the grid.
 
-    `device` is where this rank computes. `rank` and `size` count all ranks; `data_rank` and `data_size` those that
-    see different windows of a batch.
+    `device` is where this rank computes. `rank` and `size` count all ranks. `tensor`: the ranks that share each layer;
+    they see the same windows and say the same. `data`: those with the same share of each layer, which see different
+    windows of a batch; left out, all ranks.
     """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    tensor: Group = Group()
+    data: Group | None = None
 
     @property
     def data_rank(self) -> int:
         """This rank's place among those that see different windows."""
-        return self.rank
+        return self.data.rank if self.data else self.rank
 
     @property
     def data_size(self) -> int:
         """How many ranks see different windows."""
-        return self.size
+        return self.data.size if self.data else self.size
 
     @property
     def is_first(self) -> bool:
@@ -75,6 +110,13 @@ class Mesh:
             dist.all_reduce(tensor)
         return tensor
 
+    def sum_over_data(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor`, which is the same throughout a tensor group, summed over those that see different windows.
+
+        In place, and returned: bit for bit the same on all ranks. Every rank must call it.
+        """
+        return self.sum(tensor if self.tensor.rank == 0 else tensor.zero_())
+
     def wait(self) -> None:
         """Return when every rank has come here."""
         if self.size > 1:
@@ -83,6 +125,17 @@ class Mesh:
     def any(self, here: bool) -> bool:
         """Whether `here` is true on some rank; the answer is the same on all."""
         return bool(self.sum(torch.tensor(int(here), device=self.device)).item() > 0)
+
+
+def divisors(number: int) -> list[int]:
+    """All whole numbers that divide `number`, smallest first."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def one_of(values: list[int]) -> str:
+    """`1, 2 or 4`, for a fault; of many the largest eight."""
+    told = [str(value) for value in values[-8:]]
+    return " or ".join([", ".join(told[:-1]), told[-1]] if told[1:] else told)
 
 
 def num_gpus() -> int:
@@ -102,8 +155,11 @@ def open_mesh(
 ) -> Iterator[Mesh]:
     """Connect the ranks (NCCL with GPUs, gloo without) and part from them at the end.
 
-    Raises Fault if the meeting point cannot be used: the port is taken, or the first rank cannot be reached.
+    Raises Fault if the ranks cannot be cut as the settings say, or if the meeting point cannot be used: the port is
+    taken, or the first rank cannot be reached.
     """
+    if faults := settings.faults_on(size):
+        raise Fault(faults)
     on_gpu = num_gpus() > 0
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -132,7 +188,7 @@ def open_mesh(
             f"rank {rank} could not meet the others at {address}:{port}: {str(error).splitlines()[0]}"
         ) from None
     try:
-        yield Mesh(rank, size, local_rank, device)
+        yield _grid(settings, rank, size, local_rank, device)
         # Parting while another rank still talks ends that one with a network error instead of its own.
         if size > 1:
             dist.barrier()
@@ -140,6 +196,18 @@ def open_mesh(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dist.destroy_process_group()
+
+
+def _grid(settings: Settings, rank: int, size: int, local_rank: int, device: torch.device) -> Mesh:
+    """The place of this rank, with the groups of its axes; every rank makes all groups, in the same order."""
+    width = settings.tensor
+    if width == 1:
+        return Mesh(rank, size, local_rank, device)
+    tensor, _ = dist.new_subgroups_by_enumeration([list(range(i, i + width)) for i in range(0, size, width)])
+    data, _ = dist.new_subgroups_by_enumeration([list(range(i, size, width)) for i in range(width)])
+    return Mesh(
+        rank, size, local_rank, device, Group(rank % width, width, tensor), Group(rank // width, size // width, data)
+    )
 
 
 def _settle_deepspeed(

@@ -16,20 +16,29 @@ step: that is how the published Reptile code loses its outer step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from cpt.parallel.mesh import Group, Mesh
+from cpt.parallel.parts import Part, parts_of, whole
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# Elements start to stop of a whole parameter, flattened, by its name.
+Read = Callable[[str, int, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements `start` to `stop` of one parameter, flattened; the tensors are views into DeepSpeed's memory.
+    """Elements `start` to `stop` of one parameter of the whole `shape`, flattened; the tensors are views into
+    DeepSpeed's memory.
 
-    `is_copy`: other data ranks hold the same elements (ZeRO stage 0), and the first of them speaks for all.
+    `columns`: (first, last + 1) of those that this rank's tensor group gave it; elements are then counted in these
+    columns alone, as if there were no others. None: the parameter has all its columns here.
+    `is_counted`: false where another rank holds the same elements and is the one that writes them and adds them up.
     """
 
     name: str
@@ -38,7 +47,18 @@ class Piece:
     stop: int
     values: torch.Tensor  # [stop - start] fp32
     moments: dict[str, torch.Tensor]  # each [stop - start] fp32
-    is_copy: bool
+    is_counted: bool = True
+    columns: tuple[int, int] | None = None
+
+    def take(self, read: Read) -> torch.Tensor:
+        """This piece's elements [stop - start], of what `read` gives of the whole parameter."""
+        if self.columns is None:
+            return read(self.name, self.start, self.stop)
+        width, (first, last) = self.shape[1], self.columns
+        row, stop_row = self.start // (last - first), -(-self.stop // (last - first))
+        rows = read(self.name, row * width, stop_row * width).view(-1, width)[:, first:last]
+        before = row * (last - first)
+        return rows.reshape(-1)[self.start - before : self.stop - before]
 
 
 class Masters:
@@ -48,10 +68,12 @@ class Masters:
     at once (zero moments, zero steps), so that it can be read and filled before the first step.
     """
 
-    def __init__(self, engine: object, module: nn.Module, zero_stage: int) -> None:
+    def __init__(self, engine: object, module: nn.Module, zero_stage: int, mesh: Mesh) -> None:
         self._engine = engine
         self._stage = zero_stage
+        self._mesh = mesh
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._parts = _parts_here(module, self._parameters, mesh)
         self._outer = engine.optimizer
         self._inner = self._outer if zero_stage == 0 else self._outer.optimizer
         self._flats = self._flat_tensors()
@@ -65,7 +87,7 @@ class Masters:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and whole shape of every parameter, also of those that lie on other ranks; the same on all."""
-        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
+        return {name: part.shape for name, part in self._parts.items()}
 
     @property
     def num_updates(self) -> int:
@@ -79,14 +101,14 @@ class Masters:
             self._inner.state[flat]["step"].fill_(float(number))
 
     @torch.no_grad()
-    def fill(self, read: Callable[[str, int, int], torch.Tensor], moment: str | None = None) -> None:
+    def fill(self, read: Read, moment: str | None = None) -> None:
         """Fill the masters, or one moment, with `read(name, start, stop)`: the elements [stop - start] of a parameter.
 
         Call `refresh` after the masters were filled.
         """
         for piece in self.pieces:
             into = piece.values if moment is None else piece.moments[moment]
-            into.copy_(read(piece.name, piece.start, piece.stop))
+            into.copy_(piece.take(read))
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -104,13 +126,9 @@ class Masters:
             # With zero_hpz_partition_size each node has a second copy, which would keep its old values too.
             self._outer.invalidate_secondary_tensor()
 
-    def differing(self, read: Callable[[str, int, int], torch.Tensor]) -> list[str]:
+    def differing(self, read: Read) -> list[str]:
         """Parameters here whose masters are not `read(name, start, stop)`, bit for bit."""
-        return [
-            piece.name
-            for piece in self.pieces
-            if not torch.equal(piece.values, read(piece.name, piece.start, piece.stop).to(piece.values))
-        ]
+        return [piece.name for piece in self.pieces if not torch.equal(piece.values, piece.take(read).to(piece.values))]
 
     def stale(self) -> list[str]:
         """Parameters here whose weights in the model are not their masters, rounded: none, after `refresh`."""
@@ -120,18 +138,44 @@ class Masters:
             if self._stage == 3:
                 weights = parameter.ds_tensor.data[: len(piece.values)]
             else:
-                weights = parameter.data.reshape(-1)[piece.start : piece.stop]
+                start = piece.start - self._parts[piece.name].offset
+                weights = parameter.data.reshape(-1)[start : start + len(piece.values)]
             if not torch.allclose(weights, piece.values.to(weights), rtol=0.0, atol=0.0, equal_nan=True):
                 found.append(piece.name)
         return found
 
-    def total(self, number: float) -> float:
-        """The sum over all data ranks of a number that each computed from its own pieces; every rank must call it."""
-        if self._stage == 0 or not torch.distributed.is_initialized():
-            return number
-        box = torch.tensor(number, dtype=torch.float64, device=self._flats[0].device)
-        torch.distributed.all_reduce(box)
-        return float(box)
+    def differing_copies(self) -> list[str]:
+        """Parameters that ranks hold alike and that are not the same to the bit; every rank must call it.
+
+        Of tensor ranks, and at ZeRO stage 0 of data ranks. Sends two numbers a parameter.
+        """
+        data = Group(self._mesh.data_rank, self._mesh.data_size, self._mesh.data and self._mesh.data.handle)
+        of_tensor = [piece for piece in self.pieces if piece.columns is None]  # columns begin at 0 on every rank
+        differing = self._differing(of_tensor, self._mesh.tensor)
+        return sorted(differing | (self._differing(self.pieces, data) if self._stage == 0 else set()))
+
+    def _differing(self, pieces: Sequence[Piece], group: Group) -> set[str]:
+        """Names of those pieces that begin at the same element on another rank of the group and are not the same."""
+        if group.size == 1:
+            return set()
+        # A row for each parameter, because where there is only padding there is no piece.
+        found = {piece.name: (piece.start, _fingerprint(piece.values)) for piece in pieces}
+        numbers = [found.get(name, (-1, 0)) for name in self._parts]
+        here = torch.tensor(numbers, dtype=torch.int64, device=self._mesh.device)  # [parameters, 2]
+        of_ranks = [torch.empty_like(here) for _ in range(group.size)]
+        torch.distributed.all_gather(of_ranks, here, group=group.handle)
+        is_other = [(there[:, 0] == here[:, 0]) & (there[:, 1] != here[:, 1]) for there in of_ranks]
+        names = list(self._parts)
+        return {names[index] for index in torch.stack(is_other).any(dim=0).nonzero()[:, 0].tolist()}
+
+    def total(self, numbers: Sequence[float]) -> float:
+        """The sum over all elements of the model of `numbers`, one for each of this rank's pieces in their order.
+
+        What several ranks hold is added once; every rank must call it.
+        """
+        counted = [number for piece, number in zip(self.pieces, numbers, strict=True) if piece.is_counted]
+        box = torch.tensor(math.fsum(counted), dtype=torch.float64, device=self._mesh.device)
+        return float(self._mesh.sum(box))
 
     def _flat_tensors(self) -> list[torch.Tensor]:
         if self._stage == 0:
@@ -149,36 +193,52 @@ class Masters:
             yield from find(name, parameter)
 
     def _whole(self, name: str, parameter: nn.Parameter) -> Iterator[Piece]:
-        yield self._piece(name, tuple(parameter.shape), 0, parameter, 0, parameter.numel(), is_copy=True)
+        yield from self._piece(name, parameter, 0, 0, parameter.numel())
 
     def _from_flat_group(self, name: str, parameter: nn.Parameter) -> Iterator[Piece]:
         place = parameter._hp_mapping
         if place is not None:  # None: nothing of this parameter is in this rank's partition
             flat = self._flats[place.param_group_index]
             inside = place.hp_fragment_address
-            start = place.lp_fragment_address.start
-            yield self._piece(name, tuple(parameter.shape), start, flat, inside.start, inside.numel)
+            yield from self._piece(name, flat, inside.start, place.lp_fragment_address.start, inside.numel)
 
     def _from_sub_group(self, name: str, parameter: nn.Parameter) -> Iterator[Piece]:
         index, offset, num_here = self._outer.grad_position[self._outer.get_param_id(parameter)]
         rank = torch.distributed.get_rank(self._outer.dp_process_group)
-        start = rank * num_here
-        num_real = min(num_here, math.prod(parameter.ds_shape) - start)  # the last rank's end is padding
-        if num_real > 0:
-            yield self._piece(name, tuple(parameter.ds_shape), start, self._flats[index], offset, num_real)
+        yield from self._piece(name, self._flats[index], offset, rank * num_here, num_here)
 
-    def _piece(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        start: int,
-        flat: torch.Tensor,
-        offset: int,
-        number: int,
-        is_copy: bool = False,
-    ) -> Piece:
+    def _piece(self, name: str, flat: torch.Tensor, offset: int, start: int, number: int) -> Iterator[Piece]:
+        """The piece of `number` elements in `flat` from `offset` on, which are the parameter's here from `start` on.
+
+        What is padding, of a part or at the end of the last data rank, is set to 0 and left out.
+        """
+        part = self._parts[name]
+        num_real = min(number, part.num_elements - start)
+        flat.data.reshape(-1)[offset + max(0, num_real) : offset + number].zero_()
+        if num_real <= 0:
+            return
+
         def view(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.data.reshape(-1).narrow(0, offset, number)
+            return tensor.data.reshape(-1).narrow(0, offset, num_real)
 
         moments = {moment: view(self._inner.state[flat][moment]) for moment in MOMENTS}
-        return Piece(name, shape, start, start + number, view(flat), moments, is_copy)
+        start += part.offset
+        is_counted = part.is_first_copy
+        if self._stage == 0:  # all data ranks hold all; taking turns spreads the writing over their disks
+            turn = list(self._parts).index(name)
+            is_counted = is_counted and turn % self._mesh.data_size == self._mesh.data_rank
+        yield Piece(name, part.shape, start, start + num_real, view(flat), moments, is_counted, part.columns)
+
+
+def _fingerprint(values: torch.Tensor) -> int:
+    """A number of the bits of fp32 values that another bit, or another order, changes."""
+    bits = values.contiguous().view(torch.int32).long()
+    places = torch.arange(1, len(bits) + 1, device=bits.device)
+    return int((bits * (2 * places + 1)).sum())  # odd factors: no changed bit is lost in the overflow
+
+
+def _parts_here(module: nn.Module, parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> dict[str, Part]:
+    """The part of every parameter that lies on this rank; what no layer has cut is whole."""
+    cut = parts_of(module)
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
+    return {name: cut.get(name) or whole(shape, mesh.tensor.rank == 0) for name, shape in shapes.items()}

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Iterator
 
 from cpt.checkpoint import Place, RunFolder
-from cpt.config import Fault, build, name_of_choice
+from cpt.config import Fault, beside, build, name_of_choice
 from cpt.data.check import open_corpora
 from cpt.data.order import StageOrder
 from cpt.data.share_table import share_table
+from cpt.models.layers.cutting import num_parameters_on_a_rank
 from cpt.planning.memory import model_state
 from cpt.progress import Progress
 from cpt.run import Run, Stage
@@ -24,7 +25,7 @@ def plan_lines(run: Run, num_ranks: int) -> Iterator[str]:
     if num_ranks < 1:
         raise Fault(f"--ranks = {num_ranks}: at least 1")
     RunFolder(run.output).refuse_other_contents()
-    faults = run.batch.faults_on(num_ranks)
+    faults = run.faults_on(num_ranks)
     try:
         open_corpora(corpora_of(run), run.model.vocabulary, run.tokenizer, run.is_within_documents)
     except Fault as fault:
@@ -47,13 +48,18 @@ def plan_lines(run: Run, num_ranks: int) -> Iterator[str]:
 def _model_lines(run: Run, num_ranks: int) -> Iterator[str]:
     number = run.model.num_parameters
     copies = sum(build(method, "Method").num_copies for method in run.methods)
-    state = model_state(number, run.precision, run.zero, num_ranks, copies)
-    accumulation = run.batch.windows_a_rank(num_ranks) // run.batch.micro_batch_on(num_ranks)
+    tensor, num_data = run.mesh.tensor, run.mesh.data_size(num_ranks)
+    here = num_parameters_on_a_rank(run.model, beside(run.model, "CUTS"), tensor)
+    state = model_state(here, run.precision, run.zero, num_data, copies)
+    micro_batch = run.batch.micro_batch_on(num_data)
+    accumulation = run.batch.windows_a_rank(num_data) // micro_batch
     yield f"model       {name_of_choice(run.model)}, {number:,} parameters, {run.precision}, ZeRO {run.zero}"
     yield (
         f"a step      {run.batch.windows} windows of {run.sequence_length} = {run.tokens_a_step:,} tokens; "
-        f"on {num_ranks} rank(s) {accumulation} micro-batch(es) of {run.batch.micro_batch_on(num_ranks)}"
+        f"on {num_ranks} rank(s) {accumulation} micro-batch(es) of {micro_batch}"
     )
+    if tensor > 1:
+        yield f"mesh        data {num_data} x tensor {tensor}, {here:,} parameters on a tensor rank"
     yield f"the run     {sum(map(run.num_steps, run.stages)):,} steps, {run.total_tokens:,} tokens"
     told = ", ".join(f"{part} {_size(num_bytes)}" for part, num_bytes in vars(state).items())
     yield f"memory      {_size(state.total)} a rank for the model's state ({told}); activations come on top"

@@ -16,6 +16,7 @@ from cpt.data.streams import Source
 from cpt.engine import settings as engine_settings
 from cpt.evaluation import held_out, start_gate
 from cpt.models.growth import Growth
+from cpt.models.layers.cutting import faults_of_cut
 from cpt.parallel import mesh
 from cpt_kernels import switch
 
@@ -245,11 +246,17 @@ class Run:
                 "lower it or raise model.longest_sequence"
             )
         faults.extend(self._faults_of_hold_outs())
+        if self.model is not None and self.mesh.tensor >= 1:
+            faults.extend(faults_of_cut(self.model, self.mesh.tensor))
         if self.model is None:
             faults.append(
                 "model is not set; name one, such as {name: llama, vocabulary: 32000}, or a parent to take it from"
             )
         return faults
+
+    def faults_on(self, num_ranks: int) -> list[str]:
+        """Why so many ranks cannot train it, with values that would do."""
+        return self.mesh.faults_on(num_ranks) or self.batch.faults_on(self.mesh.data_size(num_ranks))
 
     def _faults_of_start(self) -> list[str]:
         """Two origins of the weights, moments that cannot be had."""

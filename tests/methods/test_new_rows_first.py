@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from cpt_harness import tiny
@@ -10,7 +12,9 @@ from cpt_harness.ranks import on_ranks
 from cpt.checkpoint import Checkpoint
 from cpt.config import Fault, read_settings
 from cpt.methods import new_rows_first
+from cpt.models import llama
 from cpt.progress import Progress
+from cpt_kernels import Settings, choose
 
 FIRST_ROW = 37  # odd, so that new rows begin in the midst of a rank's piece
 TOKENS_A_STEP = 8 * tiny.LENGTH
@@ -25,9 +29,9 @@ def method(num_steps: int) -> new_rows_first.Method:
 
 def take_steps(engine, mesh, first: int, last: int) -> list[tuple[float, float]]:
     """As `tiny.take_steps`, with progress counted in tokens too."""
-    results, here = [], 8 // mesh.size
+    results, here = [], 8 // mesh.data_size
     for step in range(first, last):
-        mine = tiny.windows_of_step(step)[mesh.rank * here : (mesh.rank + 1) * here]
+        mine = tiny.windows_of_step(step)[mesh.data_rank * here : (mesh.data_rank + 1) * here]
         progress = Progress(step=step, tokens=step * TOKENS_A_STEP)
         result = engine.step(mine, torch.zeros(here, dtype=torch.long), 1, tiny.rate_of_step(step), progress)
         results.append((result.loss, result.grad_norm))
@@ -128,3 +132,23 @@ def test_warm_moments_wait_too_and_their_count_comes_back():
 def test_counts_below_nothing_are_faults(setting):
     with pytest.raises(Fault, match=f"{setting} = -1: at least 0"):
         read_settings(new_rows_first.Settings, {setting: -1})
+
+
+def test_on_tensor_ranks_it_is_what_it_is_on_one():
+    settings = dataclasses.replace(tiny.LLAMA, heads=4, kv_heads=2, head_width=6)
+
+    def work(mesh):
+        told = []
+        for zero in (0, 1, 3):
+            model = llama.Model(settings, choose(Settings(), torch.device("cpu")))
+            engine = tiny.start_engine(mesh, zero=zero, model=lambda model=model: model, methods=[method(3)])
+            losses = take_steps(engine, mesh, 0, 5)
+            told.append((losses, tiny.fragments(engine)))
+        return told
+
+    alone = on_ranks(1, work)[0]
+    for (losses, fragments), *of_ranks in zip(alone, *on_ranks(2, work, tensor=2), strict=True):
+        expected = tiny.join([fragments])
+        assert torch.tensor(of_ranks[0][0]).sub(torch.tensor(losses)).abs().max() < 5e-6
+        for name, values in tiny.join([one[1] for one in of_ranks]).items():
+            assert (values - expected[name]).abs().max() < 1e-5, name

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
+from functools import partial
 
 import deepspeed
 import pytest
@@ -10,8 +12,9 @@ import torch
 from cpt_harness import tiny
 from cpt_harness.ranks import on_ranks
 
-from cpt.config import Fault
+from cpt.config import Fault, build
 from cpt.progress import Progress
+from cpt_kernels import Settings, choose
 
 MODELS = {"llama": tiny.build_llama, "crumbs": tiny.Crumbs}
 # 12 windows can be cut over 1, 2, 3 and 4 ranks.
@@ -182,7 +185,7 @@ def test_the_sum_over_pieces_is_that_over_all_elements_on_every_rank_and_stage()
         totals = []
         for layout in LAYOUTS:
             engine = start(mesh, layout)
-            squares = sum(float(p.values.square().sum(dtype=torch.float64)) for p in engine.masters.pieces)
+            squares = [float(p.values.square().sum(dtype=torch.float64)) for p in engine.masters.pieces]
             totals.append(engine.masters.total(squares))
         return totals
 
@@ -237,3 +240,27 @@ def test_settings_of_deepspeed_that_only_change_where_things_lie_change_no_resul
     assert of_ranks[0][0][0] == pytest.approx(of_ranks[0][0][1], abs=2e-6)
     for name in plain:
         assert (plain[name] - other[name]).abs().max() < 2e-6, name
+
+
+@pytest.mark.parametrize(("ranks", "tensor", "zero"), [(2, 1, 0), (2, 2, 1), (2, 2, 3), (4, 2, 0), (4, 4, 2)])
+def test_a_copy_that_differs_in_one_bit_is_found_on_the_ranks_that_hold_it(ranks, tensor, zero):
+    settings = dataclasses.replace(tiny.LLAMA, heads=4, kv_heads=2, head_width=6)
+    model = partial(build, settings, "Model", choose(Settings(), torch.device("cpu")))
+    names = ["norm.weight"] if tensor == 2 else ["norm.weight", "blocks.1.attention.key.weight"]
+
+    def work(mesh):
+        engine = tiny.start_engine(mesh, zero=zero, model=model)
+        tiny.take_steps(engine, mesh, 0, 2)
+        told = [engine.differing_copies()]
+        for name in names:
+            for piece in engine.masters.pieces:
+                if piece.name == name and mesh.rank == mesh.size - 1:
+                    piece.values[-1:].view(torch.int32).bitwise_xor_(1)
+            told.append(engine.masters.differing_copies())
+        return told
+
+    told = on_ranks(ranks, work, tensor=tensor)
+    assert [one[0] for one in told] == [[]] * ranks
+    assert names[0] in told[-1][1] and names[-1] in told[-1][-1]
+    if tensor == 4:  # the first two ranks have another key head
+        assert [names[-1] in one[-1] for one in told] == [False, False, True, True]

@@ -6,9 +6,10 @@ import os
 
 import pytest
 import torch
+from cpt_harness.ranks import on_ranks
 
 from cpt.config import Fault, read_settings
-from cpt.parallel.mesh import Mesh, Settings, threads_for
+from cpt.parallel.mesh import Mesh, Settings, open_mesh, threads_for
 from cpt.parallel.seeds import derive_seed, seed_step
 
 
@@ -71,16 +72,53 @@ def test_ranks_of_a_machine_share_its_cores(monkeypatch, cores, local_size, thre
     assert threads_for(local_size) == threads
 
 
-@pytest.mark.parametrize("axis", ["pipeline", "sequence", "tensor"])
+@pytest.mark.parametrize("axis", ["pipeline", "sequence"])
 @pytest.mark.parametrize("size", [2, 0, -1])
 def test_an_axis_that_cannot_be_cut_yet_is_a_fault(axis, size):
     with pytest.raises(Fault) as caught:
         read_settings(Settings, {axis: size})
-    assert str(caught.value) == f"{axis} = {size}: this version cuts along data only; use 1"
+    assert str(caught.value) == f"{axis} = {size}: this version cuts along data and tensor only; use 1"
 
 
 def test_all_faults_of_the_mesh_are_told_at_once():
     with pytest.raises(Fault) as caught:
-        read_settings(Settings, {"pipeline": 2, "tensor": 2, "timeout_seconds": 0})
-    assert len(caught.value.lines) == 3
+        read_settings(Settings, {"pipeline": 2, "tensor": 0, "timeout_seconds": 0, "check_every_steps": 0})
+    assert len(caught.value.lines) == 4
+    assert "check_every_steps = 0: at least 1; leave it out to never look" in caught.value.lines
     assert "timeout_seconds = 0: at least 1" in caught.value.lines
+    assert "tensor = 0: at least 1" in caught.value.lines
+
+
+@pytest.mark.parametrize(
+    ("tensor", "ranks", "told"),
+    [(3, 4, "use 1, 2 or 4"), (2, 1, "use 1"), (4, 6, "use 1, 2, 3 or 6"), (2, 3, "use 1 or 3")],
+)
+def test_a_tensor_axis_that_does_not_divide_the_ranks_gets_the_values_that_do(tensor, ranks, told):
+    assert Settings(tensor=tensor).faults_on(ranks) == [f"mesh.tensor = {tensor} cannot cut {ranks} ranks; {told}"]
+    offered = [int(word) for word in told.replace(",", "").split() if word.isdigit()]
+    assert [Settings(tensor=value).faults_on(ranks) for value in offered] == [[]] * len(offered)
+
+
+def test_a_mesh_that_cannot_be_is_refused_before_the_ranks_meet():
+    place = {"rank": 0, "size": 3, "local_rank": 0, "local_size": 3, "address": "127.0.0.1", "port": 1}
+    with pytest.raises(Fault, match="mesh.tensor = 2 cannot cut 3 ranks"), open_mesh(Settings(tensor=2), **place):
+        pass
+
+
+def test_neighbours_are_a_tensor_group_and_see_the_same_windows():
+    def work(mesh):
+        ones = torch.tensor([float(mesh.rank), 1.0])
+        groups = [torch.distributed.get_process_group_ranks(group.handle) for group in (mesh.tensor, mesh.data)]
+        place = [mesh.data_rank, mesh.data_size, mesh.tensor.rank, mesh.tensor.size]
+        return place, groups, mesh.sum_over_data(ones).tolist(), mesh.any(mesh.rank == 3)
+
+    told = on_ranks(4, work, tensor=2)
+    assert [place for place, *_ in told] == [[0, 2, 0, 2], [0, 2, 1, 2], [1, 2, 0, 2], [1, 2, 1, 2]]
+    assert [groups for _, groups, *_ in told] == [
+        [[0, 1], [0, 2]],
+        [[0, 1], [1, 3]],
+        [[2, 3], [0, 2]],
+        [[2, 3], [1, 3]],
+    ]
+    assert [total for *_, total, _ in told] == [[2.0, 2.0]] * 4  # of ranks 0 and 2
+    assert all(found for *_, found in told)

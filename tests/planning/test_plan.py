@@ -59,6 +59,16 @@ def test_a_checkpoint_holds_12_bytes_a_parameter_and_4_for_each_copy_of_a_method
     assert any(line.startswith("disk") and f"{size} a checkpoint" in line for line in lines)
 
 
+def test_tensor_ranks_share_the_parameters_and_leave_the_windows_to_data_ranks(config):
+    lines = list(plan_lines(read_run([config, "mesh.tensor=2"]), num_ranks=4))
+    text = "\n".join(lines)
+    assert "on 4 rank(s) 1 micro-batch(es) of 2" in text
+    # Half of the 6,192 but for the norms, 3 x 16, which are whole on each.
+    assert "mesh        data 2 x tensor 2, 3,120 parameters on a tensor rank" in lines
+    with pytest.raises(Fault, match=r"mesh.tensor = 2 cannot cut 3 ranks; use 1 or 3"):
+        list(plan_lines(read_run([config, "mesh.tensor=2"]), num_ranks=3))
+
+
 def test_no_ranks_at_all_are_refused(config):
     with pytest.raises(Fault, match="--ranks = 0: at least 1"):
         list(plan_lines(read_run([config]), num_ranks=0))

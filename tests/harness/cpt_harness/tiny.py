@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from cpt.config import beside
 from cpt.engine import Engine, StepResult
 from cpt.engine.settings import Batch, Optimizer, Settings
 from cpt.methods import Seams
 from cpt.models import llama
+from cpt.models.layers.cutting import cut
 from cpt.parallel.mesh import Mesh
+from cpt.parallel.weights import Piece
 from cpt.progress import Progress
 from cpt_kernels import switch
 
@@ -70,8 +73,10 @@ def start_engine(
     deepspeed: dict[str, Any] | None = None,
     **optimizer: float,
 ) -> Engine:
-    """An engine around a new model, with the model's initial values of SEED."""
+    """An engine around a new model, or this rank's part of it, with the model's initial values of SEED."""
     made, settings = model(), Optimizer(**optimizer)
+    if mesh.tensor.size > 1:
+        made = cut(made, beside(made.settings, "CUTS"), mesh.tensor)
     engine = Engine(
         made,
         Settings(precision, zero, Batch(windows, micro_batch), settings, deepspeed or {}),
@@ -95,14 +100,27 @@ def windows_of_step(step: int, number: int = 8) -> torch.Tensor:
     return (first + stride * torch.arange(LENGTH + 1)) % LLAMA.vocabulary
 
 
-def take_steps(engine: Engine, mesh: Mesh, first: int, last: int, number: int = 8) -> list[StepResult]:
-    """Steps `first` to before `last`, each rank on its share of the step's windows, which come of two sources."""
+def take_steps(
+    engine: Engine,
+    mesh: Mesh,
+    first: int,
+    last: int,
+    number: int = 8,
+    starts_of: Callable[[int], torch.Tensor] | None = None,
+) -> list[StepResult]:
+    """Steps `first` to before `last`, each rank on its share of the step's windows, which come of two sources.
+
+    `starts_of(step)`: where documents begin in all of them, [number, LENGTH + 1].
+    """
     results = []
     for step in range(first, last):
-        here = number // mesh.size
-        mine = windows_of_step(step, number)[mesh.rank * here : (mesh.rank + 1) * here]
-        sources = torch.arange(number)[mesh.rank * here : (mesh.rank + 1) * here] % 2
-        results.append(engine.step(mine, sources, 2, rate_of_step(step), Progress(step=step, stage_step=step)))
+        here = number // mesh.data_size
+        mine = slice(mesh.data_rank * here, (mesh.data_rank + 1) * here)
+        sources = torch.arange(number)[mine] % 2
+        starts = None if starts_of is None else starts_of(step)[mine]
+        progress = Progress(step=step, stage_step=step)
+        windows = windows_of_step(step, number)[mine]
+        results.append(engine.step(windows, sources, 2, rate_of_step(step), progress, starts=starts))
     return results
 
 
@@ -111,10 +129,22 @@ Fragment = tuple[str, tuple[int, ...], int, torch.Tensor]  # name, whole shape, 
 
 def fragments(engine: Engine, moment: str | None = None) -> list[Fragment]:
     """This rank's pieces of the masters, or of a moment, copied out."""
-    return [
-        (p.name, p.shape, p.start, (p.values if moment is None else p.moments[moment]).clone())
-        for p in engine.masters.pieces
-    ]
+    pieces = engine.masters.pieces
+    return fragments_of(pieces, [p.values if moment is None else p.moments[moment] for p in pieces])
+
+
+def fragments_of(pieces: Sequence[Piece], tensors: Sequence[torch.Tensor]) -> list[Fragment]:
+    """One tensor for each piece, copied out; where a piece has some columns only, a fragment for each of its rows."""
+    found = []
+    for piece, tensor in zip(pieces, tensors, strict=True):
+        if piece.columns is None:
+            found.append((piece.name, piece.shape, piece.start, tensor.clone()))
+            continue
+        column, width = piece.columns[0], piece.columns[1] - piece.columns[0]
+        places = torch.arange(piece.start, piece.stop)
+        places = places // width * piece.shape[1] + column + places % width
+        found.extend((piece.name, piece.shape, int(i), v[None].clone()) for i, v in zip(places, tensor, strict=True))
+    return found
 
 
 def join(of_ranks: Sequence[Sequence[Fragment]]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,107 @@
+"""A model that is written for one device becomes one rank's part of it: its layers are exchanged, by its table of cuts.
+
+    model, CUTS --cut(model, cuts, group)--> the same model with this rank's rows and columns; call it as before
+
+Which part lies here is for `cpt.parallel.parts.parts_of` to tell; weights are then filled by whole name and element.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cpt.models.layers.cuts import Cut, cut_of
+from cpt.models.layers.head import Head
+from cpt.parallel.mesh import Group, divisors, one_of
+from cpt.parallel.parts import Part
+from cpt.parallel.tensor import ColumnLinear, RowLinear, copied
+from cpt.parallel.vocabulary import VocabularyEmbedding, VocabularyHead
+
+
+def faults_of_cut(settings: Any, size: int) -> list[str]:
+    """Why a model cannot be cut over `size` ranks of a tensor group, with the sizes that would do."""
+    fitting = [n for n in divisors(settings.heads) if _misfit(settings, n) is None]
+    misfit = _misfit(settings, size)
+    return [] if misfit is None else [f"mesh.tensor = {size} cannot split {misfit}; use {one_of(fitting)}"]
+
+
+def _misfit(settings: Any, size: int) -> str | None:
+    """The first count that so many ranks cannot share. Fewer key and value heads than ranks are held more than once."""
+    if settings.heads % size:
+        return f"model.heads = {settings.heads} evenly"
+    if settings.num_kv_heads % size and size % settings.num_kv_heads:
+        return f"model.kv_heads = {settings.num_kv_heads} evenly, nor share each among as many ranks"
+    if settings.width_of_mlp % size:
+        return f"the width {settings.width_of_mlp} of the feed-forward layers evenly"
+    return None
+
+
+def num_parameters_on_a_rank(settings: Any, cuts: Mapping[str, Cut], size: int) -> int:
+    """Weights on the first of `size` ranks of a tensor group, which has the most."""
+    total = 0
+    for name, shape in settings.shapes.items():
+        whole, cut = math.prod(shape), cut_of(name, cuts)
+        share = size if cut != "whole" else 1
+        if name.rsplit(".", 2)[-2] in ("key", "value"):
+            share = min(size, settings.num_kv_heads)
+        total += -(-shape[0] // size) * math.prod(shape[1:]) if cut == "vocabulary" else whole // share
+    return total
+
+
+def built_part(make: Callable[[], nn.Module], cuts: Mapping[str, Cut], group: Group) -> nn.Module:
+    """This rank's part of the model that `make` makes, on the CPU; all of it if the rank is alone in its group.
+
+    Memory is taken for the part only, and no random values are drawn: weights mean nothing until they are filled.
+    """
+    with torch.device("meta"):
+        model = make() if group.size == 1 else cut(make(), cuts, group)
+    model.materialise(torch.device("cpu"))
+    return model
+
+
+def cut(model: nn.Module, cuts: Mapping[str, Cut], group: Group) -> nn.Module:
+    """Exchange, in `model` itself, what its table cuts for what this rank of `group` has of it; returns `model`.
+
+    Weights are not set: fill them, and let padding be 0. The settings must be without `faults_of_cut`.
+    """
+    for path, parent in list(model.named_modules()):
+        exchanged = [
+            _exchange(parent, name, layer, cut_of(f"{path}.{name}.weight".removeprefix("."), cuts), group)
+            for name, layer in parent.named_children()
+            if isinstance(layer, (nn.Linear, nn.Embedding, Head))
+        ]
+        if "column" in exchanged:
+            # Here and not in each of its layers: one sum of gradients for all of them.
+            parent.register_forward_pre_hook(lambda _, inputs: (copied(inputs[0], group), *inputs[1:]))
+    tied_to = model.embedding.weight if model.settings.tied else None
+    model.head = VocabularyHead(model.head.weight, group, tied_to)
+    return model
+
+
+def _exchange(parent: nn.Module, name: str, layer: nn.Module, word: Cut, group: Group) -> Cut:
+    """Put this rank's part in the place of a layer; returns how it was cut."""
+    if isinstance(layer, nn.Embedding):
+        setattr(parent, name, VocabularyEmbedding(layer, group))
+    elif word == "column":
+        # What has heads is cut between them.
+        part, num_copies = _columns(layer.weight, getattr(parent, "head_width", 1), group)
+        setattr(parent, name, ColumnLinear(layer, part, group, num_copies))
+    elif word == "row":
+        width = layer.in_features // group.size
+        part = Part(tuple(layer.weight.shape), 1, group.rank * width, (group.rank + 1) * width)
+        setattr(parent, name, RowLinear(layer, part, group))
+    return word
+
+
+def _columns(weight: Tensor, unit: int, group: Group) -> tuple[Part, int]:
+    """This rank's rows of a column-cut weight, in whole units, and how many ranks have the same."""
+    num_units = weight.shape[0] // unit
+    num_copies = max(1, group.size // num_units)
+    units_here = max(1, num_units // group.size)
+    first = group.rank // num_copies * units_here * unit
+    part = Part(tuple(weight.shape), 0, first, first + units_here * unit, group.rank % num_copies == 0)
+    return part, num_copies

@@ -1,0 +1,133 @@
+"""Embedding, head and cross-entropy of which each rank of a tensor group has some of the vocabulary's rows.
+
+The cross-entropy never has the logits of the whole vocabulary anywhere: each rank takes the logsumexp of its own, and
+three numbers a token are sent.
+
+    logits of this rank --> their logsumexp, the target's logit if it is here --> all ranks --> loss of each token
+
+T tokens, B sequences, S positions, D width, V vocabulary, R rows of this rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from cpt.parallel.mesh import Group
+from cpt.parallel.parts import Part
+from cpt.parallel.tensor import copied, joined, summed
+from cpt_kernels.cross_entropy import IGNORED
+
+# Logits that exist at once on a rank, as for the operation on one device.
+_LOGITS_AT_ONCE_ON_CPU = 2**21
+_LOGITS_AT_ONCE = 2**26
+
+
+def rows_of(vocabulary: int, group: Group) -> tuple[int, int, int]:
+    """(first row, last + 1, rows with padding) of this rank.
+
+    All ranks have as many rows with padding, so that what comes behind them in memory lies at the same place on all
+    and is computed with alike, to the bit. The last ranks may have padding only.
+    """
+    rows = -(-vocabulary // group.size)
+    return min(vocabulary, group.rank * rows), min(vocabulary, (group.rank + 1) * rows), rows
+
+
+class VocabularyEmbedding(nn.Module):
+    """Rows of the tokens that are here, 0 for all others, summed over the group."""
+
+    def __init__(self, whole: nn.Embedding, group: Group) -> None:
+        super().__init__()
+        self.group = group
+        self.first, self.last, rows = rows_of(whole.num_embeddings, group)
+        self.weight = nn.Parameter(whole.weight.new_zeros(rows, whole.embedding_dim))
+        self.parts = {"weight": Part(tuple(whole.weight.shape), 0, self.first, self.last)}
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [B, S] int64 -> [B, S, D], the same on all ranks."""
+        is_elsewhere = (tokens < self.first) | (tokens >= self.last)
+        rows = functional.embedding((tokens - self.first).masked_fill(is_elsewhere, 0), self.weight)
+        return summed(rows.masked_fill(is_elsewhere[..., None], 0.0), self.group)
+
+
+class VocabularyHead(nn.Module):
+    """Projects onto the rows that are here. A tied one hands in the embedding's own Parameter, which has two owners."""
+
+    def __init__(self, weight: Tensor, group: Group, tied_to: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.group, self.vocabulary = group, weight.shape[0]
+        self.first, self.last, rows = rows_of(self.vocabulary, group)
+        self.weight = nn.Parameter(weight.new_zeros(rows, weight.shape[1])) if tied_to is None else tied_to
+        self.parts = {"weight": Part(tuple(weight.shape), 0, self.first, self.last)}
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """hidden [B, S, D] -> logits [B, S, V]; with targets [B, S] -> losses [B, S] in fp32. The same on all ranks."""
+        hidden = copied(hidden, self.group)
+        if targets is None:
+            return joined(functional.linear(hidden, self.weight), self.group)[..., : self.vocabulary]
+        return linear_cross_entropy(hidden, self.weight[: self.last - self.first], targets, self.first, self.group)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, first: int, group: Group, tokens_at_once: int | None = None
+) -> Tensor:
+    """-log softmax(hidden whole_weight^T)[target] of each token, of which each rank has rows from `first` on.
+
+    hidden [..., D], weight [R, D] (R may be 0), targets [...] int64 of the whole vocabulary (IGNORED costs nothing) ->
+    losses [...], fp32 at least, the same on all ranks. The gradient of `hidden` is this rank's part of it: hand in what
+    is `copied`. No more than `tokens_at_once` x R logits exist at a time; the backward pass makes them again.
+    """
+    at_once = _LOGITS_AT_ONCE_ON_CPU if weight.device.type == "cpu" else _LOGITS_AT_ONCE
+    tokens_at_once = tokens_at_once or max(1, at_once // max(1, weight.shape[0]))
+    places = targets.flatten() - first
+    places = places.masked_fill((targets.flatten() == IGNORED) | (places < 0) | (places >= weight.shape[0]), -1)
+    is_ignored = targets.flatten() == IGNORED
+    losses = _CrossEntropy.apply(hidden.flatten(0, -2), weight, places, is_ignored, group, tokens_at_once)
+    return losses.view(targets.shape)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """`places` [T]: row of each token's target on this rank, -1 if it is elsewhere or none."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, places: Tensor, is_ignored: Tensor, group: Group, tokens_at_once: int
+    ) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        here = torch.full(places.shape, -torch.inf, dtype=wide, device=hidden.device)  # logsumexp of this rank's, [T]
+        chosen = torch.zeros_like(here)  # [T]
+        for start in range(0, len(places) if len(weight) else 0, tokens_at_once):
+            part = slice(start, start + tokens_at_once)
+            logits = functional.linear(hidden[part], weight).to(wide)  # [tokens_at_once, R]
+            here[part] = logits.logsumexp(dim=-1)
+            of_targets = logits.gather(1, places[part].clamp(min=0)[:, None])[:, 0]
+            chosen[part] = of_targets.masked_fill(places[part] < 0, 0.0)
+        largest = here.clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group.handle)
+        both = torch.stack([(here - largest).exp(), chosen])  # [2, T]
+        dist.all_reduce(both, group=group.handle)
+        logsumexps = both[0].log() + largest
+        ctx.save_for_backward(hidden, weight, places, is_ignored, logsumexps)
+        ctx.tokens_at_once = tokens_at_once
+        return (logsumexps - both[1]).masked_fill(is_ignored, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, places, is_ignored, logsumexps = ctx.saved_tensors
+        grad_losses = grad_losses.masked_fill(is_ignored, 0.0)
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=grad_losses.dtype, device=weight.device)
+        for start in range(0, len(places) if len(weight) else 0, ctx.tokens_at_once):
+            part = slice(start, start + ctx.tokens_at_once)
+            logits = functional.linear(hidden[part], weight).to(grad_losses.dtype)
+            grad_logits = logits.sub_(logsumexps[part, None]).exp_()  # now probabilities
+            is_here = (places[part] >= 0).to(grad_logits.dtype)
+            grad_logits.scatter_add_(1, places[part].clamp(min=0)[:, None], -is_here[:, None])
+            grad_logits = grad_logits.mul_(grad_losses[part, None]).to(hidden.dtype)
+            grad_hidden[part] = grad_logits @ weight
+            grad_weight += grad_logits.T @ hidden[part]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None

@@ -1,0 +1,146 @@
+"""`cpt train` on tensor ranks: the run of one rank, left and taken up on any mesh, exported as the same model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cpt_harness import runs
+from safetensors.torch import load_file
+
+from cpt.cli import main
+from cpt.engine import Engine
+
+MODEL = {**runs.MODEL, "heads": 4, "kv_heads": 2, "head_width": 6}
+# Sums in another order: measured 1e-7 in losses, norms and weights. AdamW's usual epsilon would make 7e-6 of a gradient
+# that is 0 but for rounding.
+TOLERANCE = 1e-6
+OPTIMIZER = {"epsilon": 1e-4}
+
+
+def write_config(data, folder: Path) -> Path:
+    """Two stages of which the second replays the first, attention within documents, Reptile in between."""
+    stages = [runs.stage(data, "prose", 7), runs.stage(data, "code", 5, replay={"share": 0.25})]
+    methods = [{"name": "reptile", "every": 3, "step_size": 0.6}]
+    plain = runs.settings(data, folder / "run", stages, methods=methods, model=MODEL, optimizer=OPTIMIZER)
+    return runs.write_settings(folder / "run.yaml", plain)
+
+
+@pytest.fixture(scope="module")
+def config(data, tmp_path_factory) -> Path:
+    return write_config(data, tmp_path_factory.mktemp("tensor runs"))
+
+
+@pytest.fixture(scope="module")
+def alone(config) -> Path:
+    runs.trained(config)
+    return config.parent / "run"
+
+
+@pytest.fixture(scope="module")
+def on_two(config) -> Path:
+    folder = config.parent / "two"
+    told = runs.trained(config, f"output={folder}", "mesh.tensor=2", ranks=2)
+    assert "on 2 rank(s) of cpu, data 1 x tensor 2" in told
+    return folder
+
+
+def assert_near(found: dict, expected: dict) -> None:
+    """The same story, numbers to TOLERANCE and everything else to the letter."""
+    for part in ("order", "ledger", "checkpoints"):
+        assert found[part] == expected[part], part
+    for part in ("metrics", "scores"):
+        assert len(found[part]) == len(expected[part])
+        for one, other in zip(found[part], expected[part], strict=True):
+            assert one.keys() == other.keys()
+            for key, value in other.items():
+                assert one[key] == (pytest.approx(value, abs=TOLERANCE) if isinstance(value, (float, dict)) else value)
+    assert found["state"]["optimizer_updates"] == expected["state"]["optimizer_updates"]
+    assert found["tensors"].keys() == expected["tensors"].keys()
+    for kind, tensors in expected["tensors"].items():
+        for name, values in tensors.items():
+            assert (found["tensors"][kind][name] - values).abs().max() < TOLERANCE, (kind, name)
+
+
+def test_losses_scores_order_ledger_and_checkpoints_are_those_of_one_rank(alone, on_two):
+    assert_near(runs.story(on_two), runs.story(alone))
+
+
+def test_a_run_left_on_tensor_ranks_goes_on_alone_and_on_more_of_them(config, alone):
+    folder = config.parent / "moved"
+    words = (config, f"output={folder}", "zero=2")
+    stopped = runs.cpt("train", *words, "mesh.tensor=2", ranks=2, before=runs.ask_to_stop_at(4))
+    assert [status for status, _ in stopped] == [143, 143]
+    stopped = runs.cpt("train", *words, before=runs.ask_to_stop_at(9))
+    assert [status for status, _ in stopped] == [143]
+    runs.trained(*words, "mesh.tensor=2", ranks=4)
+    found, expected = runs.story(folder), runs.story(alone)
+    found["checkpoints"] = expected["checkpoints"]  # where it was stopped it saved, too
+    assert_near(found, expected)
+    assert main(["verify-order", str(folder), str(alone)]) == 0
+
+
+def test_on_the_same_mesh_a_run_that_was_stopped_ends_as_one_that_was_not_to_the_bit(config, on_two):
+    folder = config.parent / "stopped"
+    words = (config, f"output={folder}", "mesh.tensor=2")
+    runs.cpt("train", *words, ranks=2, before=runs.ask_to_stop_at(5))
+    runs.trained(*words, ranks=2)
+    found, expected = runs.story(folder), runs.story(on_two)
+    found["checkpoints"] = expected["checkpoints"]
+    runs.assert_same_story(found, expected)
+
+
+def test_the_exported_model_is_that_of_one_rank(alone, on_two, tmp_path):
+    tensors = []
+    for run in (alone, on_two):
+        assert main(["convert", "to-hf", str(run), str(tmp_path / run.name), "--dtype", "fp32"]) == 0
+        tensors.append(load_file(tmp_path / run.name / "model.safetensors"))
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, values in tensors[0].items():
+        assert (tensors[1][name] - values).abs().max() < TOLERANCE, name
+
+
+def test_a_start_from_weights_is_that_of_one_rank(alone, data, tmp_path):
+    assert main(["convert", "to-hf", str(alone), str(tmp_path / "model"), "--dtype", "fp32"]) == 0
+    plain = runs.settings(data, tmp_path / "run", [runs.stage(data, "code", 2)], optimizer=OPTIMIZER)
+    config = runs.write_settings(tmp_path / "run.yaml", {**plain, "model": {"from": str(tmp_path / "model")}})
+    runs.trained(config)
+    runs.trained(config, f"output={tmp_path}/two", "mesh.tensor=2", "zero=3", ranks=2)
+    assert_near(runs.story(tmp_path / "two"), runs.story(tmp_path / "run"))
+
+
+def test_ranks_that_should_hold_the_same_are_looked_at_where_it_is_asked_for(config):
+    def spoil_one_rank():
+        update = Engine.step
+
+        def step(engine, *arguments, **named):
+            result = update(engine, *arguments, **named)
+            if engine._mesh.rank == 1 and arguments[4].step == 2:
+                piece = next(piece for piece in engine.masters.pieces if piece.name == "norm.weight")
+                piece.values[0] += 1e-3
+            return result
+
+        Engine.step = step
+
+    words = (config, "mesh.tensor=2", "mesh.check_every_steps=2")
+    runs.trained(*words, f"output={config.parent}/looked", ranks=2)
+    ended = runs.cpt("train", *words, f"output={config.parent}/spoiled", ranks=2, before=spoil_one_rank)
+    assert [status for status, _ in ended] == [1, 1]
+    # The third step spoils one copy of the last norm; in the fourth the ranks begin to differ in all that hangs on it.
+    assert "after step 4 the copies of " in ended[0][1] and "differ between ranks" in ended[0][1]
+    assert "Traceback" not in ended[0][1]
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks", "told"),
+    [
+        (["mesh.tensor=2"], 3, "mesh.tensor = 2 cannot cut 3 ranks; use 1 or 3"),
+        (["mesh.tensor=3"], 3, "mesh.tensor = 3 cannot split model.heads = 4 evenly; use 1, 2 or 4"),
+        (["mesh.tensor=2", "batch.windows=7"], 4, "batch.windows = 7 cannot be cut over 2 ranks; use 8"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_told_once_before_anything_is_written(data, tmp_path, words, ranks, told):
+    ended = runs.cpt("train", write_config(data, tmp_path), *words, ranks=ranks)
+    assert [status for status, _ in ended] == [2] * ranks
+    assert told in ended[0][1] and [more for _, more in ended[1:]] == [""] * (ranks - 1)
+    assert not (tmp_path / "run").exists()
