@@ -11,11 +11,15 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpt.data.corpus import Corpus
+from cpt_kernels.cross_entropy import IGNORED
+from cpt_kernels.documents import model_inputs
 
 PROMPT = "def read_file(path):\n"
 LARGEST_DIFFERENCE = 1e-3
@@ -54,12 +58,18 @@ def main(model_folder: Path, run_folder: Path) -> int:
 
 @torch.no_grad()
 def loss_under_transformers(model: torch.nn.Module, corpus: Corpus, length: int, num_windows: int) -> float:
-    """Mean loss in nats a token over the same evenly spread windows that the run scores."""
+    """Mean loss in nats a token over the same evenly spread windows that the run scores, each document by itself."""
     there = corpus.num_windows(length)
-    number = min(there, num_windows)
-    tokens = torch.from_numpy(corpus.windows(torch.arange(number).numpy() * there // number, length))
-    losses = [model(input_ids=window, labels=window).loss.double() for window in tokens.split(1)]
-    return float(torch.stack(losses).mean())
+    ids = np.arange(min(there, num_windows)) * there // min(there, num_windows)
+    tokens = torch.from_numpy(corpus.windows(ids, length))
+    starts = torch.from_numpy(corpus.document_starts(ids * length, length + 1))
+    total, number = 0.0, 0
+    for window, begins in zip(tokens.split(1), starts.split(1), strict=True):
+        inputs, targets, documents = model_inputs(window, begins, torch.device("cpu"))
+        logits = model(inputs, position_ids=documents.positions, attention_mask=documents.is_visible).logits
+        total += float(cross_entropy(logits[0], targets[0], ignore_index=IGNORED, reduction="sum"))
+        number += int((targets != IGNORED).sum())
+    return total / number
 
 
 if __name__ == "__main__":
