@@ -154,4 +154,4 @@ def test_documents_leave_memory_before_the_next_checkpoint(tmp_path, tokenizer, 
     with caplog.at_level(logging.INFO):
         build_corpus([path], tokenizer, tmp_path / "c", shuffle_seed=0)
     assert len(waiting) > 30 and max(waiting) < 300
-    assert "writing 100 documents in their new order" in caplog.messages
+    assert "writing 100 documents in a new order" in caplog.messages
