@@ -167,4 +167,10 @@ def scores_of_parent(run: Run, parent: tree.Parent) -> dict[str, dict[str, Any]]
     above, here = in_full(read_mapping([str(parent.run / "run.yaml")])), as_mapping(run)
     if any(above.get(key) != here[key] for key in ("model", "attention", "sequence_length")):
         return {}
-    return {record["source"]: record for record in read_records(scores) if record["step"] == parent.step}
+    texts, texts_above = here["evaluation"]["held_out"], above.get("evaluation", {}).get("held_out", {})
+    same = {name for name, path in texts.items() if texts_above.get(name) == path}  # a name may mean another text now
+    return {
+        record["source"]: record
+        for record in read_records(scores)
+        if record["step"] == parent.step and record["source"] in same
+    }

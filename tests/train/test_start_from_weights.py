@@ -13,7 +13,9 @@ from cpt_harness import runs
 from safetensors.torch import load_file, save_file
 
 from cpt.checkpoint import RunFolder
-from cpt.lineage.tree import read_lineage
+from cpt.lineage.tree import Parent, read_lineage
+from cpt.run import read_run
+from cpt.run.beginning import scores_of_parent
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,16 @@ def test_a_child_that_does_not_begin_at_its_parents_scores_is_stopped(base, data
     told = stopped(config)
     assert f"before step 1 the loss on {records[-1]['source']} is" in told
     assert f"at the end of {parent} it is {records[-1]['loss']:.4f}" in told
+
+
+def test_other_text_under_the_same_name_is_not_held_against_the_parents(base, data, tmp_path):
+    plain = runs.settings(data, tmp_path / "child", [runs.stage(data, "code", 2)], parent={"run": str(base)})
+    config = runs.write_settings(tmp_path / "child.yaml", plain)
+    above = Parent(base, 20, 20 * runs.TOKENS_A_STEP, 0.0)
+    assert set(scores_of_parent(read_run([str(config)]), above)) == {"prose", "code"}
+    other = f"evaluation.held_out.prose={data / 'code-held-out'}"
+    assert set(scores_of_parent(read_run([str(config), other]), above)) == {"code"}
+    assert scores_of_parent(read_run([str(config), "attention=across_documents"]), above) == {}
 
 
 def test_warm_fills_the_moments_and_leaves_weights_order_and_methods_alone(exported, data, tmp_path):
