@@ -7,6 +7,7 @@ for start, piece in pieces(Cast(stored, torch.bfloat16)):    # never more than a
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -19,15 +20,15 @@ Weight = Tensor | Callable[[], Tensor]
 ELEMENTS_A_PIECE = 1 << 21
 
 
-class Reader:
+class Reader(ABC):
     """One tensor of `shape` and `dtype`; its elements are counted as if it were flat."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @abstractmethod
     def read_into(self, start: int, out: Tensor) -> None:
         """Fill `out` [elements], of its type and on the CPU, with the elements from `start` on."""
-        raise NotImplementedError
 
     def read(self, start: int, stop: int) -> Tensor:
         """Elements `start` to `stop`: [stop - start]; not to be written to."""

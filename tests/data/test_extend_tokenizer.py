@@ -353,7 +353,7 @@ def test_a_total_that_is_not_above_the_old_size_is_refused(tmp_path):
 
 def test_text_without_documents_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
-    with pytest.raises(Fault, match=r"no document with text in .*a\.jsonl; new entries are learned from text"):
+    with pytest.raises(Fault, match=r"no document with text in .*a\.jsonl; a tokenizer is learned from text"):
         extend_tokenizer(make("own bytes", tmp_path / "base"), [tmp_path / "a.jsonl"], tmp_path / "t", 400)
 
 

@@ -26,11 +26,10 @@ import tokenizers
 from cpt.config import Fault
 from cpt.data.prepare import long_texts
 from cpt.data.prepare.aside import written_aside
-from cpt.data.prepare.documents import read_documents
 from cpt.data.prepare.further_merges import CutTexts, Learned
 from cpt.data.prepare.pieces import ModelProto, Piece, Vocabulary, merges_of, read_proto
 from cpt.data.prepare.tokenizers import SENTENCEPIECE_MODEL, TOKENIZER_JSON, Tokenizer
-from cpt.data.prepare.train_tokenizer import Sample
+from cpt.data.prepare.train_tokenizer import sample_of
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +79,8 @@ def extend_tokenizer(
             f"{vocabulary.size + 1} or more"
         )
     with written_aside(output) as folder:
-        sample = Sample(sample_bytes, seed)
-        for document in read_documents(inputs, text_key, on_error):
-            sample.add(document.text)
+        sample = sample_of(inputs, sample_bytes, seed, text_key, on_error)
         texts = sample.texts()
-        if not texts:
-            raise Fault(f"no document with text in {', '.join(map(str, inputs))}; new entries are learned from text")
         num_new = vocabulary_size - vocabulary.size
         logger.info("learning %s further entries from %s bytes of text", f"{num_new:,}", f"{sample.sampled_bytes:,}")
         learned = _learn(old, vocabulary, texts, num_new)

@@ -81,12 +81,8 @@ def train_tokenizer(
     if kind not in TRAINERS:
         raise Fault(f"kind = {kind!r}; known: {', '.join(TRAINERS)}")
     with written_aside(output) as folder:
-        sample = Sample(sample_bytes, seed)
-        for document in read_documents(inputs, text_key, on_error):
-            sample.add(document.text)
+        sample = sample_of(inputs, sample_bytes, seed, text_key, on_error)
         texts = sample.texts()
-        if not texts:
-            raise Fault(f"no document with text in {', '.join(map(str, inputs))}; a tokenizer is learned from text")
         logger.info("learning %s entries from %s bytes of text", f"{vocabulary_size:,}", f"{sample.sampled_bytes:,}")
         TRAINERS[kind](texts, folder, vocabulary_size)
     return TokenizerReport(
@@ -122,6 +118,16 @@ class Sample:
     def texts(self) -> list[str]:
         """The documents of the sample."""
         return [text for _, _, text, _ in sorted(self._largest_first, key=lambda entry: entry[1])]
+
+
+def sample_of(inputs: Sequence[str | Path], budget_bytes: int, seed: int, text_key: str, on_error: str) -> Sample:
+    """A sample of the documents of these files; Fault if none of them has text."""
+    sample = Sample(budget_bytes, seed)
+    for document in read_documents(inputs, text_key, on_error):
+        sample.add(document.text)
+    if not sample.num_documents:
+        raise Fault(f"no document with text in {', '.join(map(str, inputs))}; a tokenizer is learned from text")
+    return sample
 
 
 def _train_sentencepiece(texts: list[str], folder: Path, vocabulary_size: int) -> None:
