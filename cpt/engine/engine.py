@@ -22,13 +22,14 @@ from torch import nn
 
 from cpt.checkpoint import Checkpoint, write_checkpoint
 from cpt.config import Fault
+from cpt.engine.micro_batches import MicroBatch, OneByOne, cut
 from cpt.engine.settings import Settings, deepspeed_settings
 from cpt.methods import Forward, Seams
 from cpt.parallel.mesh import Mesh
 from cpt.parallel.mpu import ModelParallelUnit, is_counted, mark_parts
 from cpt.parallel.weights import MOMENTS, Masters
 from cpt.progress import Progress
-from cpt_kernels.documents import model_inputs, num_counting
+from cpt_kernels.documents import num_counting
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Engine:
                 config=deepspeed_settings(settings, mesh.data_size),
                 mpu=ModelParallelUnit(mesh) if mesh.tensor.size > 1 else None,
             )
+        self._run = OneByOne(self._engine, mesh)
         self.masters = Masters(self._engine, model, settings.zero, mesh)
         self._progress = Progress()
         self._clipped_norm = 0.0
@@ -139,27 +141,28 @@ class Engine:
             method.before_batch(progress)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        size = self._settings.batch.micro_batch_on(self._mesh.data_size)
         counts = num_counting(tokens, starts)  # [B]
-        mean_count = None if starts is None else self._mean_count(counts, len(tokens) // size)
-        # Per source: loss summed, tokens counted; and one place more for "stop".
-        sums = torch.zeros(2, num_sources + 1, dtype=torch.float64)
-        for first in range(0, len(tokens), size):
-            here = slice(first, first + size)
-            micro_batch = tokens[here].to(self._mesh.device, non_blocking=True)
-            starts_here = None if starts is None else starts[here]
-            losses = self._engine(*model_inputs(micro_batch, starts_here, self._mesh.device))  # [B, S]
+        size = self._settings.batch.micro_batch_on(self._mesh.data_size)
+        micro_batches = cut(tokens, sources, starts, counts, size, self._mesh.device)
+        mean_count = None if starts is None else self._mean_count(counts, len(micro_batches))
+        by_window: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each micro-batch: sources and summed losses, [B]
+
+        def loss_of(micro_batch: MicroBatch, losses: torch.Tensor) -> torch.Tensor:
+            by_window.append((micro_batch.sources, losses.detach().sum(dim=1, dtype=torch.float64)))
             loss = losses.mean() if mean_count is None else losses.sum() / mean_count
             for method in self._methods:
-                extra = method.after_forward(Forward(progress, micro_batch, losses))
+                extra = method.after_forward(Forward(progress, micro_batch.tokens, losses))
                 loss = loss if extra is None else loss + extra
-            self._engine.backward(loss)
-            self._engine.step()
-            by_window = losses.detach().sum(dim=1, dtype=torch.float64).cpu()  # [B]
-            sums[0].index_add_(0, sources[here], by_window)
-            sums[1].index_add_(0, sources[here], counts[here].to(sums.dtype))
-        if self._mesh.tensor.rank:
-            sums.zero_()  # the first of a tensor group speaks for its windows; asked to stop may be any
+            return loss
+
+        self._run.train(micro_batches, loss_of)
+        # Per source: loss summed, tokens counted; and one place more for "stop".
+        sums = torch.zeros(2, num_sources + 1, dtype=torch.float64)
+        if self._mesh.tensor.rank == 0:  # the first of a tensor group speaks for its windows; asked to stop may be any
+            for of_windows, losses in by_window:
+                sums[0].index_add_(0, of_windows, losses.cpu())
+        if self._mesh.speaks_for_windows:
+            sums[1].index_add_(0, sources, counts.to(sums.dtype))
         sums[0, -1] = float(stop_asked)
         sums = self._mesh.sum(sums.to(self._mesh.device)).cpu()
         return StepResult(
@@ -185,16 +188,12 @@ class Engine:
         finally:
             self._methods = methods
 
-    @torch.no_grad()
     def score(self, tokens: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
         """Loss of each window of `tokens` [B, S + 1] on this rank, summed over its targets: [B] float64, on CPU.
 
         `starts` is as in `step`; how many targets count then is for the caller to know.
         """
-        self._engine.eval()
-        losses = self._engine(*model_inputs(tokens, starts, self._mesh.device))  # [B, S]
-        self._engine.train()
-        return losses.sum(dim=1, dtype=torch.float64).cpu()
+        return self._run.score(tokens, starts).cpu()
 
     def end_stage(self, progress: Progress) -> None:
         """Tell the methods that a stage has ended."""
@@ -249,7 +248,7 @@ class Engine:
         weighs the same there, however many of its own targets count.
         """
         total = self._mesh.sum_over_data(counts.sum().double().to(self._mesh.device))
-        return total.clamp(min=1) / (num_micro_batches * self._mesh.data_size)
+        return total.clamp(min=1) / (num_micro_batches * self._mesh.same_parameters.size)
 
     def _load_method(self, method: Seams, checkpoint: Checkpoint) -> None:
         prefix = f"method/{method.name}/"

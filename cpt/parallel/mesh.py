@@ -1,18 +1,20 @@
 """The grid of ranks, handed over as an object: its axes are pipeline, data, sequence and tensor.
 
-Ranks that follow one another are a tensor group, so that it stays within a machine; data takes what remains:
+Ranks that follow one another are a tensor group, which talks most, so that it stays within a machine; then come
+sequence, data, and pipeline, which talks least. Data takes what the others leave:
 
-    mesh: {tensor: 2} on 4 ranks     rank 0  1 | 2  3
-                              data rank    0  0 | 1  1      other windows of a batch on each
-                            tensor rank    0  1 | 0  1      other rows and columns of the layers on each
-
-Pipeline and sequence are settings already so that a config says what it wants and is told what it can have.
+    mesh: {pipeline: 2, tensor: 2} on 8 ranks    rank 0  1 | 2  3 || 4  5 | 6  7
+                                     pipeline rank  0  0 | 0  0 || 1  1 | 1  1    other layers on each
+                                         data rank  0  0 | 1  1 || 0  0 | 1  1    other windows of a batch on each
+                                     sequence rank  0  0 | 0  0 || 0  0 | 0  0    other positions of a window on each
+                                       tensor rank  0  1 | 0  1 || 0  1 | 0  1    other parts of a layer on each
 """
 
 from __future__ import annotations
 
 import datetime
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -25,6 +27,8 @@ import torch.distributed as dist
 from cpt.config import Fault
 
 _log = logging.getLogger(__name__)
+
+_AXES = ("pipeline", "data", "sequence", "tensor")  # ranks that follow one another differ in the last
 
 
 @dataclass(frozen=True)
@@ -41,27 +45,36 @@ class Settings:
     check_every_steps: int | None = None
 
     def faults(self) -> list[str]:
-        """Axes that this version cannot cut along, a time-out that leaves no time."""
+        """Axes without ranks, a time-out that leaves no time."""
         faults = [] if self.timeout_seconds >= 1 else [f"timeout_seconds = {self.timeout_seconds}: at least 1"]
         if self.check_every_steps is not None and self.check_every_steps < 1:
             faults.append(f"check_every_steps = {self.check_every_steps}: at least 1; leave it out to never look")
-        if self.tensor < 1:
-            faults.append(f"tensor = {self.tensor}: at least 1")
-        return faults + [
-            f"{axis} = {getattr(self, axis)}: this version cuts along data and tensor only; use 1"
-            for axis in ("pipeline", "sequence")
-            if getattr(self, axis) != 1
-        ]
+        sizes = {"pipeline": self.pipeline, "sequence": self.sequence, "tensor": self.tensor}
+        return faults + [f"{axis} = {size}: at least 1" for axis, size in sizes.items() if size < 1]
 
     def faults_on(self, num_ranks: int) -> list[str]:
         """Why so many ranks cannot be cut like this, with the values that would do."""
-        if num_ranks % self.tensor == 0:
+        sizes = {"pipeline": self.pipeline, "sequence": self.sequence, "tensor": self.tensor}
+        cut = {f"mesh.{axis}": size for axis, size in sizes.items() if size > 1}
+        if num_ranks % self.ranks_of_a_replica == 0:
             return []
-        return [f"mesh.tensor = {self.tensor} cannot cut {num_ranks} ranks; use {one_of(divisors(num_ranks))}"]
+        if len(cut) == 1:
+            ((name, size),) = cut.items()
+            return [f"{name} = {size} cannot cut {num_ranks} ranks; use {one_of(divisors(num_ranks))}"]
+        told = " x ".join(f"{name} = {size}" for name, size in cut.items())
+        return [
+            f"{told} = {self.ranks_of_a_replica} cannot cut {num_ranks} ranks; make their product "
+            f"{one_of(divisors(num_ranks))}, or start a multiple of {self.ranks_of_a_replica} ranks"
+        ]
+
+    @property
+    def ranks_of_a_replica(self) -> int:
+        """Ranks that work together on the same windows."""
+        return self.pipeline * self.sequence * self.tensor
 
     def data_size(self, num_ranks: int) -> int:
         """How many of so many ranks see different windows."""
-        return num_ranks // self.tensor
+        return num_ranks // self.ranks_of_a_replica
 
 
 @dataclass(frozen=True)
@@ -77,17 +90,23 @@ class Group:
 class Mesh:
     """This rank's place in the grid.
 
-    `device` is where this rank computes. `rank` and `size` count all ranks. `tensor`: the ranks that share each layer;
-    they see the same windows and say the same. `data`: those with the same share of each layer, which see different
-    windows of a batch; left out, all ranks.
+    `device` is where this rank computes. `rank` and `size` count all ranks. `pipeline`: the ranks whose layers follow
+    one another. `data`: those that see different windows of a batch. `sequence`: those that share the positions of
+    each window. `tensor`: those that share each layer. `replicas`: those that hold the same parameters, which is data
+    and sequence together: what DeepSpeed calls data-parallel and ZeRO cuts over. `ends`: first and last of the
+    pipeline, which share a tied embedding. `data` and `replicas` left out: all ranks.
     """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    pipeline: Group = Group()
+    sequence: Group = Group()
     tensor: Group = Group()
+    ends: Group = Group()
     data: Group | None = None
+    replicas: Group | None = None
 
     @property
     def data_rank(self) -> int:
@@ -100,9 +119,29 @@ class Mesh:
         return self.data.size if self.data else self.size
 
     @property
+    def same_parameters(self) -> Group:
+        """The ranks that hold the same parameters as this one: `replicas`, or all."""
+        return self.replicas or Group(self.rank, self.size)
+
+    @property
     def is_first(self) -> bool:
         """Whether this rank tells the story and writes the shared files."""
         return self.rank == 0
+
+    @property
+    def is_first_part(self) -> bool:
+        """Whether this rank has the embedding."""
+        return self.pipeline.rank == 0
+
+    @property
+    def is_last_part(self) -> bool:
+        """Whether this rank has the head, and so the losses."""
+        return self.pipeline.rank == self.pipeline.size - 1
+
+    @property
+    def speaks_for_windows(self) -> bool:
+        """Whether this rank is the first of those that work on its windows."""
+        return self.pipeline.rank == self.sequence.rank == self.tensor.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` summed over all ranks, in place, and returned; every rank must call it."""
@@ -111,11 +150,11 @@ class Mesh:
         return tensor
 
     def sum_over_data(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor`, which is the same throughout a tensor group, summed over those that see different windows.
+        """`tensor`, which those that work on the same windows have alike, summed over those that see different ones.
 
         In place, and returned: bit for bit the same on all ranks. Every rank must call it.
         """
-        return self.sum(tensor if self.tensor.rank == 0 else tensor.zero_())
+        return self.sum(tensor if self.speaks_for_windows else tensor.zero_())
 
     def wait(self) -> None:
         """Return when every rank has come here."""
@@ -200,14 +239,29 @@ def open_mesh(
 
 def _grid(settings: Settings, rank: int, size: int, local_rank: int, device: torch.device) -> Mesh:
     """The place of this rank, with the groups of its axes; every rank makes all groups, in the same order."""
-    width = settings.tensor
-    if width == 1:
+    if settings.ranks_of_a_replica == 1:
         return Mesh(rank, size, local_rank, device)
-    tensor, _ = dist.new_subgroups_by_enumeration([list(range(i, i + width)) for i in range(0, size, width)])
-    data, _ = dist.new_subgroups_by_enumeration([list(range(i, size, width)) for i in range(width)])
-    return Mesh(
-        rank, size, local_rank, device, Group(rank % width, width, tensor), Group(rank // width, size // width, data)
-    )
+    shape = (settings.pipeline, settings.data_size(size), settings.sequence, settings.tensor)
+    ranks = torch.arange(size).view(shape)
+    place = dict(zip(_AXES, (int(i) for i in (ranks == rank).nonzero()[0]), strict=True))
+
+    def group(*axes: str) -> Group:
+        """The ranks that differ from this one along these axes only."""
+        others = [axis for axis in _AXES if axis not in axes]
+        width = math.prod(shape[_AXES.index(axis)] for axis in axes)
+        lists = ranks.permute([_AXES.index(axis) for axis in (*others, *axes)]).reshape(-1, width).tolist()
+        handle, _ = dist.new_subgroups_by_enumeration(lists)
+        return Group(next(one.index(rank) for one in lists if rank in one), width, handle)
+
+    groups = {axis: group(axis) for axis in _AXES if axis == "data" or shape[_AXES.index(axis)] > 1}
+    replicas = groups["data"] if settings.sequence == 1 else group("data", "sequence")
+    ends = groups.get("pipeline", Group())
+    if settings.pipeline > 2:
+        both = ranks[[0, -1]].view(2, -1).T.tolist()
+        handle, _ = dist.new_subgroups_by_enumeration(both)
+        is_end = place["pipeline"] in (0, settings.pipeline - 1)
+        ends = Group(int(place["pipeline"] > 0), 2, handle) if is_end else Group()
+    return Mesh(rank, size, local_rank, device, replicas=replicas, ends=ends, **groups)
 
 
 def _settle_deepspeed(

@@ -10,7 +10,7 @@ from cpt.parallel.parts import parts_of
 
 
 class ModelParallelUnit:
-    """With it ZeRO cuts over the data ranks only, and gradient norms are summed over the tensor ranks too.
+    """With it ZeRO cuts over those with the same parameters only, and gradient norms are summed over tensor ranks too.
 
     DeepSpeed keeps the unit that it was given last for the whole process.
     """
@@ -36,16 +36,16 @@ class ModelParallelUnit:
     get_tensor_model_parallel_group = get_model_parallel_group
 
     def get_data_parallel_rank(self) -> int:
-        """Place among those that see different windows."""
-        return self._mesh.data.rank
+        """Place among those that hold the same parameters."""
+        return self._mesh.same_parameters.rank
 
     def get_data_parallel_world_size(self) -> int:
-        """How many see different windows."""
-        return self._mesh.data.size
+        """How many hold the same parameters."""
+        return self._mesh.same_parameters.size
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """Those that see different windows."""
-        return self._mesh.data.handle
+        """Those that hold the same parameters."""
+        return self._mesh.same_parameters.handle
 
 
 def mark_parts(model: nn.Module) -> None:

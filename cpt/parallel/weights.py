@@ -1,6 +1,6 @@
 """The fp32 values behind a model under DeepSpeed, by parameter name, as the pieces that this rank owns.
 
-DeepSpeed keeps the values that the optimiser works on ("masters") flat and cut over the data ranks, in another place
+DeepSpeed keeps the values that the optimiser works on ("masters") flat and cut over the replicas, in another place
 for each ZeRO stage:
 
     stage 0 fp32        the parameters themselves, whole on every rank
@@ -147,12 +147,13 @@ class Masters:
     def differing_copies(self) -> list[str]:
         """Parameters that ranks hold alike and that are not the same to the bit; every rank must call it.
 
-        Of tensor ranks, and at ZeRO stage 0 of data ranks. Sends two numbers a parameter.
+        Of tensor ranks, and at ZeRO stage 0 of replicas. Sends two numbers a parameter.
         """
-        data = Group(self._mesh.data_rank, self._mesh.data_size, self._mesh.data and self._mesh.data.handle)
         of_tensor = [piece for piece in self.pieces if piece.columns is None]  # columns begin at 0 on every rank
         differing = self._differing(of_tensor, self._mesh.tensor)
-        return sorted(differing | (self._differing(self.pieces, data) if self._stage == 0 else set()))
+        if self._stage == 0:
+            differing |= self._differing(self.pieces, self._mesh.same_parameters)
+        return sorted(differing)
 
     def _differing(self, pieces: Sequence[Piece], group: Group) -> set[str]:
         """Names of those pieces that begin at the same element on another rank of the group and are not the same."""
@@ -210,7 +211,7 @@ class Masters:
     def _piece(self, name: str, flat: torch.Tensor, offset: int, start: int, number: int) -> Iterator[Piece]:
         """The piece of `number` elements in `flat` from `offset` on, which are the parameter's here from `start` on.
 
-        What is padding, of a part or at the end of the last data rank, is set to 0 and left out.
+        What is padding, of a part or at the end of the last replica, is set to 0 and left out.
         """
         part = self._parts[name]
         num_real = min(number, part.num_elements - start)
@@ -224,9 +225,9 @@ class Masters:
         moments = {moment: view(self._inner.state[flat][moment]) for moment in MOMENTS}
         start += part.offset
         is_counted = part.is_first_copy
-        if self._stage == 0:  # all data ranks hold all; taking turns spreads the writing over their disks
-            turn = list(self._parts).index(name)
-            is_counted = is_counted and turn % self._mesh.data_size == self._mesh.data_rank
+        if self._stage == 0:  # all replicas hold all; taking turns spreads the writing over their disks
+            turn, group = list(self._parts).index(name), self._mesh.same_parameters
+            is_counted = is_counted and turn % group.size == group.rank
         yield Piece(name, part.shape, start, start + num_real, view(flat), moments, is_counted, part.columns)
 
 

@@ -72,17 +72,17 @@ def test_ranks_of_a_machine_share_its_cores(monkeypatch, cores, local_size, thre
     assert threads_for(local_size) == threads
 
 
-@pytest.mark.parametrize("axis", ["pipeline", "sequence"])
-@pytest.mark.parametrize("size", [2, 0, -1])
-def test_an_axis_that_cannot_be_cut_yet_is_a_fault(axis, size):
+@pytest.mark.parametrize("axis", ["pipeline", "sequence", "tensor"])
+@pytest.mark.parametrize("size", [0, -1])
+def test_an_axis_without_ranks_is_a_fault(axis, size):
     with pytest.raises(Fault) as caught:
         read_settings(Settings, {axis: size})
-    assert str(caught.value) == f"{axis} = {size}: this version cuts along data and tensor only; use 1"
+    assert str(caught.value) == f"{axis} = {size}: at least 1"
 
 
 def test_all_faults_of_the_mesh_are_told_at_once():
     with pytest.raises(Fault) as caught:
-        read_settings(Settings, {"pipeline": 2, "tensor": 0, "timeout_seconds": 0, "check_every_steps": 0})
+        read_settings(Settings, {"pipeline": 0, "tensor": 0, "timeout_seconds": 0, "check_every_steps": 0})
     assert len(caught.value.lines) == 4
     assert "check_every_steps = 0: at least 1; leave it out to never look" in caught.value.lines
     assert "timeout_seconds = 0: at least 1" in caught.value.lines
@@ -122,3 +122,31 @@ def test_neighbours_are_a_tensor_group_and_see_the_same_windows():
     ]
     assert [total for *_, total, _ in told] == [[2.0, 2.0]] * 4  # of ranks 0 and 2
     assert all(found for *_, found in told)
+
+
+def test_axes_that_do_not_fit_together_are_told_with_the_products_that_do():
+    assert Settings(tensor=2, pipeline=2).faults_on(6) == [
+        "mesh.pipeline = 2 x mesh.tensor = 2 = 4 cannot cut 6 ranks; make their product 1, 2, 3 or 6, "
+        "or start a multiple of 4 ranks"
+    ]
+    assert Settings(tensor=2, pipeline=2).faults_on(8) == []
+    assert Settings(tensor=2, pipeline=2, sequence=2).data_size(16) == 2
+
+
+def test_every_axis_has_the_ranks_that_differ_along_it_only():
+    def work(mesh):
+        groups = (mesh.pipeline, mesh.data, mesh.sequence, mesh.tensor, mesh.replicas, mesh.ends)
+        ranks = [group.handle and torch.distributed.get_process_group_ranks(group.handle) for group in groups]
+        places = [group.rank for group in groups]
+        assert all(one is None or one[place] == mesh.rank for one, place in zip(ranks, places, strict=True))
+        total = mesh.sum_over_data(torch.tensor([10.0**mesh.rank], dtype=torch.float64)).item()
+        return [ranks, [group.size for group in groups], mesh.is_first_part, mesh.is_last_part, total]
+
+    told = on_ranks(8, work, pipeline=2, sequence=2, tensor=2)
+    assert told[5] == [[[1, 5], [5], [5, 7], [4, 5], [5, 7], [1, 5]], [2, 1, 2, 2, 2, 2], False, True, 1.0]
+    told = on_ranks(8, work, sequence=2, tensor=2)
+    assert told[5] == [[None, [1, 5], [5, 7], [4, 5], [1, 3, 5, 7], None], [1, 2, 2, 2, 4, 1], True, True, 10001.0]
+    told = on_ranks(6, work, pipeline=3)
+    assert told[0][0] == [[0, 2, 4], [0, 1], None, None, [0, 1], [0, 4]]
+    assert told[3][0] == [[1, 3, 5], [2, 3], None, None, [2, 3], None]  # in the middle
+    assert [one[-1] for one in told] == [11.0] * 6

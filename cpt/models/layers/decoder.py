@@ -27,17 +27,26 @@ class Decoder(nn.Module):
         super().__init__()
         self.settings = settings
         self.embedding = nn.Embedding(settings.vocabulary, settings.width)
-        self.blocks = nn.ModuleList(make_block() for _ in range(settings.layers))
+        # By number and not a list: a part of the model has some of them only, under their own numbers.
+        self.blocks = nn.ModuleDict({str(index): make_block() for index in range(settings.layers)})
         self.norm = norm
         tied_to = self.embedding.weight if settings.tied else None
         self.head = Head(settings.vocabulary, settings.width, kernels, tied_to)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, documents: Documents | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        documents: Documents | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
         """Losses [B, S] in fp32, each that of predicting `targets[b, s]` from tokens up to s; without targets, logits.
 
         tokens and targets [B, S] int64 -> losses [B, S], or logits [B, S, V] in the type of the weights. A target that
         is IGNORED (see cpt_kernels.cross_entropy) has loss 0. With `documents` of the same tokens each document is
         treated as if it stood alone: attention does not leave it, and its first position is 0.
+        A model that was cut between its layers (see `parting`) begins at `hidden` [B, S, D], which the part before has
+        made of the same tokens, and ends with hidden states too unless it is the last part.
         Raises ValueError for sequences longer than the settings allow.
         """
         settings, num_positions = self.settings, tokens.shape[1]
@@ -51,15 +60,16 @@ class Decoder(nn.Module):
         )
         if documents is not None:
             angles = angles[:, documents.positions]  # [2, B, S, K/2]
-        hidden = self.embedding(tokens)  # [B, S, D]
-        for block in self.blocks:
+        if hidden is None:
+            hidden = self.embedding(tokens)  # [B, S, D]
+        for block in self.blocks.values():
             hidden = block(hidden, angles, documents)
-        return self.head(self.norm(hidden), targets)
+        return hidden if self.head is None else self.head(self.norm(hidden), targets)
 
     def materialise(self, device: torch.device) -> None:
         """Memory on `device` for a model that was built under `torch.device("meta")`, with values that mean nothing."""
         self.to_empty(device=device)
-        if self.settings.tied:  # to_empty gives each of the two owners memory of its own
+        if self.settings.tied and self.head is not None:  # to_empty gives each of the two owners memory of its own
             self.head.weight = self.embedding.weight
 
     def initialise(self, seed: int) -> None:

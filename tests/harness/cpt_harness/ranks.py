@@ -44,15 +44,15 @@ class RankError(AssertionError):
     """A rank raised, died or did not end; its traceback is the message."""
 
 
-def on_ranks(number: int, work: Callable[[Mesh], Any], seconds: float = SECONDS, tensor: int = 1) -> list[Any]:
-    """The results of `work(mesh)` on ranks 0 to number - 1, in order; `tensor` of them share each layer.
+def on_ranks(number: int, work: Callable[[Mesh], Any], seconds: float = SECONDS, **axes: int) -> list[Any]:
+    """The results of `work(mesh)` on ranks 0 to number - 1, in order; `axes` are those of the mesh's settings.
 
     Raises RankError with the traceback of the first rank that failed, or when they have not ended in `seconds`.
     """
     port = pick_free_port()
 
     def on_one(rank: int) -> Any:
-        settings = Settings(timeout_seconds=int(seconds), tensor=tensor)
+        settings = Settings(timeout_seconds=int(seconds), **axes)
         # As many ranks here as there are cores: one thread each, the same sums whatever the machine.
         place = {"rank": rank, "size": number, "local_rank": rank, "local_size": os.cpu_count() or 1}
         with open_mesh(settings, **place, address="127.0.0.1", port=port) as mesh:
