@@ -71,7 +71,8 @@ def train(run: Run, mesh: Mesh) -> Outcome:
     refuse_bad_stages(run, place)
     kernels = switch.choose(run.kernels, mesh.device)
     cuts = beside(run.model, "CUTS")
-    model = built_part(lambda: build(run.model_before, "Model", kernels), cuts, mesh.tensor)
+    blocks = run.blocks_of_parts[mesh.pipeline.rank]
+    model = built_part(lambda: build(run.model_before, "Model", kernels), cuts, mesh, blocks)
     engine = Engine(
         model,
         run.engine,
@@ -338,11 +339,14 @@ def _prepare_folder(run: Run, folder: RunFolder, mesh: Mesh, parent: tree.Parent
 def _tell_what_was_built(run: Run, mesh: Mesh, model: Any, kernels: switch.Kernels, peak: str) -> None:
     accumulation = run.batch.windows_a_rank(mesh.data_size) // run.batch.micro_batch_on(mesh.data_size)
     _log.info(
-        "%d parameters, %s, ZeRO %d on %d rank(s) of %s, data %d x tensor %d; "
-        "a step is %d windows of %d tokens, %d micro-batch(es) a rank",
-        model.num_parameters(), run.precision, run.zero, mesh.size, mesh.device.type, mesh.data_size, mesh.tensor.size,
+        "%d parameters, %s, ZeRO %d on %d rank(s) of %s, %s; a step is %d windows of %d tokens, "
+        "%d micro-batch(es) a rank",
+        model.num_parameters(), run.precision, run.zero, mesh.size, mesh.device.type, run.mesh.told(mesh.size),
         run.batch.windows, run.sequence_length, accumulation,
     )  # fmt: skip
+    if mesh.pipeline.size > 1:
+        told = ", ".join(str(len(blocks)) for blocks in run.blocks_of_parts)
+        _log.info("the pipeline's parts have %s blocks; the last one has the head too", told)
     told = kernels.told
     if mesh.tensor.size > 1:
         told = {**told, "cross_entropy": "vocabulary-parallel (always, with mesh.tensor)"}

@@ -23,6 +23,7 @@ from torch import nn
 from cpt.checkpoint import Checkpoint, write_checkpoint
 from cpt.config import Fault
 from cpt.engine.micro_batches import MicroBatch, OneByOne, cut
+from cpt.engine.pipeline import DEEPSPEED_SETTINGS, Pipeline
 from cpt.engine.settings import Settings, deepspeed_settings
 from cpt.methods import Forward, Seams
 from cpt.parallel.mesh import Mesh
@@ -82,13 +83,17 @@ class Engine:
         mark_parts(model)
         # BF16_Optimizer prints what memory there is, seven times, whatever its settings say.
         with contextlib.redirect_stdout(io.StringIO()):
+            pipeline = Pipeline(model, mesh) if mesh.pipeline.size > 1 else None
             self._engine, *_ = deepspeed.initialize(
-                model=model,
+                model=pipeline.module if pipeline else model,
                 optimizer=make_optimizer([g for g in groups if g["params"]]),
-                config=deepspeed_settings(settings, mesh.data_size),
-                mpu=ModelParallelUnit(mesh) if mesh.tensor.size > 1 else None,
+                config=deepspeed_settings(settings, mesh.data_size)
+                | ({"pipeline": DEEPSPEED_SETTINGS} if pipeline else {}),
+                mpu=ModelParallelUnit(mesh) if mesh.tensor.size > 1 and not pipeline else None,
             )
-        self._run = OneByOne(self._engine, mesh)
+        if pipeline:
+            pipeline.use(self._engine)
+        self._run: OneByOne | Pipeline = pipeline or OneByOne(self._engine, mesh)
         self.masters = Masters(self._engine, model, settings.zero, mesh)
         self._progress = Progress()
         self._clipped_norm = 0.0
@@ -203,7 +208,7 @@ class Engine:
 
     def differing_copies(self) -> list[str]:
         """Parameters that some rank holds otherwise than the others that should hold the same; the same on all."""
-        found = self.masters.differing_copies()
+        found = self.masters.differing_copies() + self._run.differing_copies()
         return found or ["one on another rank"] if self._mesh.any(bool(found)) else []
 
     def report(self) -> dict[str, float]:
@@ -282,10 +287,11 @@ class Engine:
         with_gradient = [p for p in self._model.parameters() if p.grad is not None]
         gradients = [p.grad for p in with_gradient]
         norm = torch.nn.utils.get_total_norm([p.grad for p in with_gradient if is_counted(p, self._mesh)])
-        if self._mesh.tensor.size > 1:
-            norm = norm.square()
-            torch.distributed.all_reduce(norm, group=self._mesh.tensor.handle)
-            norm = norm.sqrt()
+        for group in (self._mesh.tensor, self._mesh.pipeline):
+            if group.size > 1:
+                norm = norm.square()
+                torch.distributed.all_reduce(norm, group=group.handle)
+                norm = norm.sqrt()
         self._clipped_norm = float(norm)
         self._engine.optimizer.overflow = not math.isfinite(self._clipped_norm)
         if self._settings.optimizer.clip and not self._engine.optimizer.overflow:

@@ -35,12 +35,15 @@ _AXES = ("pipeline", "data", "sequence", "tensor")  # ranks that follow one anot
 class Settings:
     """How the ranks are cut; data takes what remains.
 
+    `blocks_of_parts`: how many of the model's blocks each part of the pipeline has; left out, so that the slowest part
+    is as fast as can be.
     `check_every_steps`: end the run if ranks that should hold the same weights do not, to the bit; None: never look.
     """
 
     pipeline: int = 1
     sequence: int = 1
     tensor: int = 1
+    blocks_of_parts: tuple[int, ...] | None = None
     timeout_seconds: int = 1800
     check_every_steps: int | None = None
 
@@ -71,6 +74,11 @@ class Settings:
     def ranks_of_a_replica(self) -> int:
         """Ranks that work together on the same windows."""
         return self.pipeline * self.sequence * self.tensor
+
+    def told(self, num_ranks: int) -> str:
+        """`pipeline 2 x data 4 x tensor 2`: the axes of so many ranks; data always."""
+        sizes = {name: getattr(self, name, self.data_size(num_ranks)) for name in _AXES}
+        return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name == "data")
 
     def data_size(self, num_ranks: int) -> int:
         """How many of so many ranks see different windows."""

@@ -60,4 +60,6 @@ def mark_parts(model: nn.Module) -> None:
 
 def is_counted(parameter: nn.Parameter, mesh: Mesh) -> bool:
     """Whether this rank adds a parameter's gradient to the norm of all: the rule that DeepSpeed follows."""
+    if getattr(parameter, "ds_pipe_replicated", False):
+        return False
     return mesh.tensor.rank == 0 or getattr(parameter, "tensor_model_parallel", False)

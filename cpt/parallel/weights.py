@@ -74,6 +74,7 @@ class Masters:
         self._mesh = mesh
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._parts = _parts_here(module, self._parameters, mesh)
+        self._shapes_elsewhere: dict[str, tuple[int, ...]] = getattr(module, "shapes_elsewhere", {})
         self._outer = engine.optimizer
         self._inner = self._outer if zero_stage == 0 else self._outer.optimizer
         self._flats = self._flat_tensors()
@@ -87,7 +88,7 @@ class Masters:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and whole shape of every parameter, also of those that lie on other ranks; the same on all."""
-        return {name: part.shape for name, part in self._parts.items()}
+        return {name: part.shape for name, part in self._parts.items()} | self._shapes_elsewhere
 
     @property
     def num_updates(self) -> int:
@@ -160,7 +161,7 @@ class Masters:
         if group.size == 1:
             return set()
         # A row for each parameter, because where there is only padding there is no piece.
-        found = {piece.name: (piece.start, _fingerprint(piece.values)) for piece in pieces}
+        found = {piece.name: (piece.start, fingerprint(piece.values)) for piece in pieces}
         numbers = [found.get(name, (-1, 0)) for name in self._parts]
         here = torch.tensor(numbers, dtype=torch.int64, device=self._mesh.device)  # [parameters, 2]
         of_ranks = [torch.empty_like(here) for _ in range(group.size)]
@@ -231,9 +232,9 @@ class Masters:
         yield Piece(name, part.shape, start, start + num_real, view(flat), moments, is_counted, part.columns)
 
 
-def _fingerprint(values: torch.Tensor) -> int:
-    """A number of the bits of fp32 values that another bit, or another order, changes."""
-    bits = values.contiguous().view(torch.int32).long()
+def fingerprint(values: torch.Tensor) -> int:
+    """A number of the bits of values of 16 or 32 bits that another bit, or another order, changes."""
+    bits = values.contiguous().view(torch.int16 if values.element_size() == 2 else torch.int32).flatten().long()
     places = torch.arange(1, len(bits) + 1, device=bits.device)
     return int((bits * (2 * places + 1)).sum())  # odd factors: no changed bit is lost in the overflow
 

@@ -48,9 +48,9 @@ def plan_lines(run: Run, num_ranks: int) -> Iterator[str]:
 def _model_lines(run: Run, num_ranks: int) -> Iterator[str]:
     number = run.model.num_parameters
     copies = sum(build(method, "Method").num_copies for method in run.methods)
-    tensor, num_data = run.mesh.tensor, run.mesh.data_size(num_ranks)
-    here = num_parameters_on_a_rank(run.model, beside(run.model, "CUTS"), tensor)
-    state = model_state(here, run.precision, run.zero, num_data, copies)
+    mesh, num_data, parts = run.mesh, run.mesh.data_size(num_ranks), run.blocks_of_parts
+    here = num_parameters_on_a_rank(run.model, beside(run.model, "CUTS"), mesh.tensor, parts)
+    state = model_state(here, run.precision, run.zero, num_data * mesh.sequence, copies)
     micro_batch = run.batch.micro_batch_on(num_data)
     accumulation = run.batch.windows_a_rank(num_data) // micro_batch
     yield f"model       {name_of_choice(run.model)}, {number:,} parameters, {run.precision}, ZeRO {run.zero}"
@@ -58,8 +58,12 @@ def _model_lines(run: Run, num_ranks: int) -> Iterator[str]:
         f"a step      {run.batch.windows} windows of {run.sequence_length} = {run.tokens_a_step:,} tokens; "
         f"on {num_ranks} rank(s) {accumulation} micro-batch(es) of {micro_batch}"
     )
-    if tensor > 1:
-        yield f"mesh        data {num_data} x tensor {tensor}, {here:,} parameters on a tensor rank"
+    if mesh.ranks_of_a_replica > 1:
+        yield f"mesh        {mesh.told(num_ranks)}, {here:,} parameters on a rank"
+    if mesh.pipeline > 1:
+        idle = (mesh.pipeline - 1) / (accumulation + mesh.pipeline - 1)
+        told = ", ".join(str(len(blocks)) for blocks in parts)
+        yield f"pipeline    parts of {told} blocks; each waits {idle:.0%} of a step with {accumulation} micro-batch(es)"
     yield f"the run     {sum(map(run.num_steps, run.stages)):,} steps, {run.total_tokens:,} tokens"
     told = ", ".join(f"{part} {_size(num_bytes)}" for part, num_bytes in vars(state).items())
     yield f"memory      {_size(state.total)} a rank for the model's state ({told}); activations come on top"

@@ -17,6 +17,7 @@ from cpt.engine import settings as engine_settings
 from cpt.evaluation import held_out, start_gate
 from cpt.models.growth import Growth
 from cpt.models.layers.cutting import faults_of_cut
+from cpt.models.layers.parting import blocks_of_parts, faults_of_parts, ranges_of
 from cpt.parallel import mesh
 from cpt_kernels import switch
 
@@ -210,6 +211,13 @@ class Run:
             return not self.model.attends_across_documents
         return self.attention == "within_document"
 
+    @property
+    def blocks_of_parts(self) -> list[range]:
+        """The model's blocks on each part of the pipeline."""
+        if self.mesh.blocks_of_parts:
+            return ranges_of(self.mesh.blocks_of_parts)
+        return blocks_of_parts(self.model, self.sequence_length, self.mesh.pipeline)
+
     def num_steps(self, stage: Stage, tokens_done: int = 0) -> int:
         """Whole steps that a stage's tokens take, or those that are left after `tokens_done`."""
         return max(0, -(-(stage.total_tokens - tokens_done) // self.tokens_a_step))
@@ -246,8 +254,7 @@ class Run:
                 "lower it or raise model.longest_sequence"
             )
         faults.extend(self._faults_of_hold_outs())
-        if self.model is not None and self.mesh.tensor >= 1:
-            faults.extend(faults_of_cut(self.model, self.mesh.tensor))
+        faults.extend(self._faults_of_mesh())
         if self.model is None:
             faults.append(
                 "model is not set; name one, such as {name: llama, vocabulary: 32000}, or a parent to take it from"
@@ -257,6 +264,20 @@ class Run:
     def faults_on(self, num_ranks: int) -> list[str]:
         """Why so many ranks cannot train it, with values that would do."""
         return self.mesh.faults_on(num_ranks) or self.batch.faults_on(self.mesh.data_size(num_ranks))
+
+    def _faults_of_mesh(self) -> list[str]:
+        """A model that the axes cannot cut."""
+        pipeline, faults = self.mesh.pipeline, []
+        if self.model is not None and self.mesh.tensor >= 1:
+            faults += faults_of_cut(self.model, self.mesh.tensor)
+        if self.model is not None and pipeline >= 1:
+            faults += faults_of_parts(self.model.layers, pipeline, self.mesh.blocks_of_parts)
+        if pipeline > 1 and self.zero > 1:
+            faults.append(
+                f"zero = {self.zero} with mesh.pipeline = {pipeline}: each part adds up the gradients of many "
+                "micro-batches before they are sent, so they cannot be cut as they come; use zero = 1"
+            )
+        return faults
 
     def _faults_of_start(self) -> list[str]:
         """Two origins of the weights, moments that cannot be had."""

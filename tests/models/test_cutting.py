@@ -55,7 +55,9 @@ def test_first_copies_hold_every_element_once_and_all_ranks_are_of_one_size(vari
         assert (elements == 1).all() and {part.shape for part in parts} == {whole}
         assert sum(part.num_elements for part in firsts) == math.prod(whole)
     assert parts_of(ranks[0]).keys() >= {"embedding.weight", "blocks.1.mlp.down.weight"}
-    assert sum(map(math.prod, shapes[0].values())) == num_parameters_on_a_rank(settings, beside(settings, "CUTS"), size)
+    assert sum(map(math.prod, shapes[0].values())) == num_parameters_on_a_rank(
+        settings, beside(settings, "CUTS"), size, [range(settings.layers)]
+    )
 
 
 def test_ranks_that_share_a_key_head_have_the_queries_that_ask_it():

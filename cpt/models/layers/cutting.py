@@ -8,7 +8,8 @@ Which part lies here is for `cpt.parallel.parts.parts_of` to tell; weights are t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from cpt.models.layers.cuts import Cut, cut_of
 from cpt.models.layers.head import Head
-from cpt.parallel.mesh import Group, divisors, one_of
+from cpt.models.layers.parting import keep_part
+from cpt.parallel.mesh import Group, Mesh, divisors, one_of
 from cpt.parallel.parts import Part
 from cpt.parallel.tensor import ColumnLinear, RowLinear, copied
 from cpt.parallel.vocabulary import VocabularyEmbedding, VocabularyHead
@@ -40,25 +42,40 @@ def _misfit(settings: Any, size: int) -> str | None:
     return None
 
 
-def num_parameters_on_a_rank(settings: Any, cuts: Mapping[str, Cut], size: int) -> int:
-    """Weights on the first of `size` ranks of a tensor group, which has the most."""
-    total = 0
+def num_parameters_on_a_rank(settings: Any, cuts: Mapping[str, Cut], size: int, parts: Sequence[range]) -> int:
+    """Weights on the rank that has the most: on the first of `size` of a tensor group, of the largest of `parts`."""
+    ends = {"embedding.weight": {0}, "norm": {len(parts) - 1}, "head": {len(parts) - 1}}
+    if settings.tied:
+        ends["embedding.weight"] = {0, len(parts) - 1}
+    of_parts = [0] * len(parts)
     for name, shape in settings.shapes.items():
         whole, cut = math.prod(shape), cut_of(name, cuts)
         share = size if cut != "whole" else 1
         if name.rsplit(".", 2)[-2] in ("key", "value"):
             share = min(size, settings.num_kv_heads)
-        total += -(-shape[0] // size) * math.prod(shape[1:]) if cut == "vocabulary" else whole // share
-    return total
+        number = -(-shape[0] // size) * math.prod(shape[1:]) if cut == "vocabulary" else whole // share
+        index = re.match(r"blocks\.(\d+)\.", name)
+        owners = (
+            {i for i, blocks in enumerate(parts) if int(index[1]) in blocks}
+            if index
+            else ends[name if name in ends else name.split(".")[0]]
+        )
+        for owner in owners:
+            of_parts[owner] += number
+    return max(of_parts)
 
 
-def built_part(make: Callable[[], nn.Module], cuts: Mapping[str, Cut], group: Group) -> nn.Module:
-    """This rank's part of the model that `make` makes, on the CPU; all of it if the rank is alone in its group.
+def built_part(make: Callable[[], nn.Module], cuts: Mapping[str, Cut], mesh: Mesh, blocks: range) -> nn.Module:
+    """This rank's part of the model that `make` makes, on the CPU; `blocks` are those of its part of the pipeline.
 
     Memory is taken for the part only, and no random values are drawn: weights mean nothing until they are filled.
     """
     with torch.device("meta"):
-        model = make() if group.size == 1 else cut(make(), cuts, group)
+        model = make()
+        if mesh.tensor.size > 1:
+            model = cut(model, cuts, mesh.tensor)
+        if mesh.pipeline.size > 1:
+            model = keep_part(model, blocks, mesh.pipeline)
     model.materialise(torch.device("cpu"))
     return model
 

@@ -14,6 +14,7 @@ from cpt.engine.settings import Batch, Optimizer, Settings
 from cpt.methods import Seams
 from cpt.models import llama
 from cpt.models.layers.cutting import cut
+from cpt.models.layers.parting import blocks_of_parts, keep_part
 from cpt.parallel.mesh import Mesh
 from cpt.parallel.weights import Piece
 from cpt.progress import Progress
@@ -77,6 +78,9 @@ def start_engine(
     made, settings = model(), Optimizer(**optimizer)
     if mesh.tensor.size > 1:
         made = cut(made, beside(made.settings, "CUTS"), mesh.tensor)
+    if mesh.pipeline.size > 1:
+        parts = blocks_of_parts(made.settings, LENGTH, mesh.pipeline.size)
+        made = keep_part(made, parts[mesh.pipeline.rank], mesh.pipeline)
     engine = Engine(
         made,
         Settings(precision, zero, Batch(windows, micro_batch), settings, deepspeed or {}),
