@@ -1,5 +1,6 @@
 # make quickstart   set up and run the main job: a model learns prose, then code, and does not forget
 # make test         set up and run the tests
+# make test-long    set up and run the tests that take minutes, which `make test` leaves out
 # make lint         what ruff says
 # make clean        remove the virtual environment and the quickstart's runs
 #
@@ -12,7 +13,7 @@ SEED ?= 1
 PIP_ARGUMENTS ?=
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test lint clean
+.PHONY: setup quickstart test test-long lint clean
 
 setup: $(VENV)/.installed
 
@@ -30,6 +31,11 @@ quickstart: setup
 test: setup
 	@echo "== tests =="
 	"$(BIN)/python" -m pytest
+
+# The last -m counts, so this one takes the place of the one in pyproject.toml.
+test-long: setup
+	@echo "== tests that take minutes =="
+	"$(BIN)/python" -m pytest -m long
 
 lint: setup
 	"$(BIN)/ruff" check .
