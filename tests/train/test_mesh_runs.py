@@ -1,4 +1,4 @@
-"""`cpt train` on tensor ranks: the run of one rank, left and taken up on any mesh, exported as the same model."""
+"""`cpt train` on a mesh: the run of one rank, left and taken up on any other mesh, exported as the same model."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ MODEL = {**runs.MODEL, "heads": 4, "kv_heads": 2, "head_width": 6}
 # that is 0 but for rounding.
 TOLERANCE = 1e-6
 OPTIMIZER = {"epsilon": 1e-4}
+# Name: words for the command line, ranks, what the log says of the mesh.
+MESHES = {
+    "tensor": (["mesh.tensor=2"], 2, "data 1 x tensor 2"),
+    "pipeline": (["mesh.pipeline=2", "batch.micro_batch=2"], 2, "pipeline 2 x data 1"),
+    "both": (["mesh.pipeline=2", "mesh.tensor=2", "batch.micro_batch=4"], 4, "pipeline 2 x data 1 x tensor 2"),
+}
 
 
 def write_config(data, folder: Path) -> Path:
@@ -37,11 +43,12 @@ def alone(config) -> Path:
     return config.parent / "run"
 
 
-@pytest.fixture(scope="module")
-def on_two(config) -> Path:
-    folder = config.parent / "two"
-    told = runs.trained(config, f"output={folder}", "mesh.tensor=2", ranks=2)
-    assert "on 2 rank(s) of cpu, data 1 x tensor 2" in told
+@pytest.fixture(scope="module", params=MESHES)
+def spread(config, request) -> Path:
+    """The same run on one of MESHES, in a folder of its name."""
+    folder, (words, ranks, mesh) = config.parent / request.param, MESHES[request.param]
+    told = runs.trained(config, f"output={folder}", *words, ranks=ranks)
+    assert f"on {ranks} rank(s) of cpu, {mesh};" in told
     return folder
 
 
@@ -62,37 +69,39 @@ def assert_near(found: dict, expected: dict) -> None:
             assert (found["tensors"][kind][name] - values).abs().max() < TOLERANCE, (kind, name)
 
 
-def test_losses_scores_order_ledger_and_checkpoints_are_those_of_one_rank(alone, on_two):
-    assert_near(runs.story(on_two), runs.story(alone))
+def test_losses_scores_order_ledger_and_checkpoints_are_those_of_one_rank(alone, spread):
+    assert_near(runs.story(spread), runs.story(alone))
 
 
-def test_a_run_left_on_tensor_ranks_goes_on_alone_and_on_more_of_them(config, alone):
+def test_a_run_left_on_one_mesh_goes_on_on_others(config, alone):
     folder = config.parent / "moved"
-    words = (config, f"output={folder}", "zero=2")
-    stopped = runs.cpt("train", *words, "mesh.tensor=2", ranks=2, before=runs.ask_to_stop_at(4))
+    words = (config, f"output={folder}")
+    on_pipeline = (*words, "mesh.pipeline=2", "batch.micro_batch=2")
+    stopped = runs.cpt("train", *on_pipeline, ranks=2, before=runs.ask_to_stop_at(3))
     assert [status for status, _ in stopped] == [143, 143]
-    stopped = runs.cpt("train", *words, before=runs.ask_to_stop_at(9))
+    stopped = runs.cpt("train", *words, "zero=3", before=runs.ask_to_stop_at(6))
     assert [status for status, _ in stopped] == [143]
-    runs.trained(*words, "mesh.tensor=2", ranks=4)
+    stopped = runs.cpt("train", *words, "mesh.tensor=2", "zero=2", ranks=4, before=runs.ask_to_stop_at(9))
+    assert [status for status, _ in stopped] == [143] * 4
+    runs.trained(*on_pipeline, "mesh.tensor=2", ranks=4)
     found, expected = runs.story(folder), runs.story(alone)
     found["checkpoints"] = expected["checkpoints"]  # where it was stopped it saved, too
     assert_near(found, expected)
     assert main(["verify-order", str(folder), str(alone)]) == 0
 
 
-def test_on_the_same_mesh_a_run_that_was_stopped_ends_as_one_that_was_not_to_the_bit(config, on_two):
-    folder = config.parent / "stopped"
-    words = (config, f"output={folder}", "mesh.tensor=2")
-    runs.cpt("train", *words, ranks=2, before=runs.ask_to_stop_at(5))
-    runs.trained(*words, ranks=2)
-    found, expected = runs.story(folder), runs.story(on_two)
+def test_on_the_same_mesh_a_run_that_was_stopped_ends_as_one_that_was_not_to_the_bit(config, spread):
+    folder, (words, ranks, _) = config.parent / f"{spread.name} stopped", MESHES[spread.name]
+    runs.cpt("train", config, f"output={folder}", *words, ranks=ranks, before=runs.ask_to_stop_at(5))
+    runs.trained(config, f"output={folder}", *words, ranks=ranks)
+    found, expected = runs.story(folder), runs.story(spread)
     found["checkpoints"] = expected["checkpoints"]
     runs.assert_same_story(found, expected)
 
 
-def test_the_exported_model_is_that_of_one_rank(alone, on_two, tmp_path):
+def test_the_exported_model_is_that_of_one_rank(alone, spread, tmp_path):
     tensors = []
-    for run in (alone, on_two):
+    for run in (alone, spread):
         assert main(["convert", "to-hf", str(run), str(tmp_path / run.name), "--dtype", "fp32"]) == 0
         tensors.append(load_file(tmp_path / run.name / "model.safetensors"))
     assert tensors[0].keys() == tensors[1].keys()
@@ -105,8 +114,11 @@ def test_a_start_from_weights_is_that_of_one_rank(alone, data, tmp_path):
     plain = runs.settings(data, tmp_path / "run", [runs.stage(data, "code", 2)], optimizer=OPTIMIZER)
     config = runs.write_settings(tmp_path / "run.yaml", {**plain, "model": {"from": str(tmp_path / "model")}})
     runs.trained(config)
-    runs.trained(config, f"output={tmp_path}/two", "mesh.tensor=2", "zero=3", ranks=2)
-    assert_near(runs.story(tmp_path / "two"), runs.story(tmp_path / "run"))
+    runs.trained(config, f"output={tmp_path}/tensor", "mesh.tensor=2", "zero=3", ranks=2)
+    assert_near(runs.story(tmp_path / "tensor"), runs.story(tmp_path / "run"))
+    runs.trained(config, f"output={tmp_path}/pipeline", "mesh.pipeline=2", "optimizer_state=warm(3)", ranks=2)
+    runs.trained(config, f"output={tmp_path}/warm", "optimizer_state=warm(3)")
+    assert_near(runs.story(tmp_path / "pipeline"), runs.story(tmp_path / "warm"))
 
 
 def test_ranks_that_should_hold_the_same_are_looked_at_where_it_is_asked_for(config):
@@ -135,6 +147,9 @@ def test_ranks_that_should_hold_the_same_are_looked_at_where_it_is_asked_for(con
     ("words", "ranks", "told"),
     [
         (["mesh.tensor=2"], 3, "mesh.tensor = 2 cannot cut 3 ranks; use 1 or 3"),
+        (["mesh.pipeline=3"], 3, "mesh.pipeline = 3: model.layers = 2 cannot give each part a block; use 2"),
+        (["mesh.pipeline=2", "zero=2"], 2, "zero = 2 with mesh.pipeline = 2: each part adds up the gradients of many "),
+        (["mesh.pipeline=2", "mesh.blocks_of_parts=[2]"], 2, "mesh.blocks_of_parts = [2]: mesh.pipeline = 2 parts "),
         (["mesh.tensor=3"], 3, "mesh.tensor = 3 cannot split model.heads = 4 evenly; use 1, 2 or 4"),
         (["mesh.tensor=2", "batch.windows=7"], 4, "batch.windows = 7 cannot be cut over 2 ranks; use 8"),
     ],
