@@ -57,7 +57,7 @@ stages:
 - name: second
   tokens: 1.5B
   sources: {no: {corpus: data/no}}
-  schedule: {name: cosine, peak: 3e-4, warmup_tokens: 1M}
+  schedule: {name: cosine, peak: 3e-4, warmup: 1M}
 """
 
 
@@ -225,8 +225,8 @@ def test_a_parent_that_is_only_a_name_is_a_fault(file):
         ("stages.0.sources={replay/x: {corpus: a}}",
          "stages.0.sources.replay/x: names that begin with replay/ are taken by replay"),
         ("stages.0.replay.share=1", "stages.0.replay.share = 1.0: at least 0 and below 1"),
-        ("stages.0.schedule={name: cosine, peak: 1, warmup_tokens: 10K}",
-         "stages.0.schedule.warmup_tokens = 10,000: the stage has 10,000 tokens; warm up over fewer"),
+        ("stages.0.schedule={name: cosine, peak: 1, warmup: 20K}",
+         "stages.0.schedule.warmup = 20000: 20,000 tokens, the stage has 10,000; make them shorter"),
         ("zero=0", "zero = 0 with precision = bf16: "),
         ("deepspeed.fp16.enabled=true",
          "deepspeed.fp16: this is set by precision here; take it out of the block, or write auto"),

@@ -3,7 +3,8 @@
     files --yaml--> mapping --merge left to right--> mapping --key=value--> mapping --types--> settings
 
 Types understood: int (also `300M`, `1.5B`, `64K`), float, bool, str, Path, Fraction (a share: `0.25`, `1/3` or `25%`),
-Literal, Optional, a word or a type (`Literal["all"] | int`), tuple, dict, nested dataclasses, and folders of choices.
+Length (a share or tokens), Literal, Optional, a word or a type (`Literal["all"] | int`), tuple, dict, nested
+dataclasses, and folders of choices.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from cpt.config.choices import name_of_choice, settings_of_choice
 from cpt.config.faults import Fault, nearest
+from cpt.config.length import Length
 from cpt.config.yaml_text import from_yaml
 
 _MULTIPLES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -278,6 +280,16 @@ def _read_share(value: Any) -> Fraction:
     return Fraction(str(value))
 
 
+def _read_length(value: Any) -> Length:
+    if isinstance(value, Length):
+        return value
+    if isinstance(value, str) and value[-1:].upper() in _MULTIPLES:
+        return Length(tokens=_read_int(value))
+    share = _read_share(value)
+    is_share = 0 < abs(share) < 1 or (isinstance(value, str) and value.endswith("%"))
+    return Length(share=share) if is_share else Length(tokens=_read_int(value))
+
+
 def _read_bool(value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(value)
@@ -300,10 +312,11 @@ def _read_path(value: Any) -> Path:
 
 
 _READERS = {int: _read_int, float: _read_float, bool: _read_bool, str: _read_text, Path: _read_path,
-            Fraction: _read_share}  # fmt: skip
+            Fraction: _read_share, Length: _read_length}  # fmt: skip
 _EXPECTED = {int: "a whole number, such as 2048 or 300M", float: "a number, such as 3e-4", bool: "true or false",
              str: "text, in quotes if it looks like a number", Path: "a path, in quotes if it looks like a number",
-             Fraction: "a share, such as 0.25 or 25%"}  # fmt: skip
+             Fraction: "a share, such as 0.25 or 25%",
+             Length: "a share such as 1%, or tokens such as 20M"}  # fmt: skip
 
 
 def as_mapping(settings: Any) -> Any:
@@ -320,6 +333,8 @@ def as_mapping(settings: Any) -> Any:
         return [as_mapping(value) for value in settings]
     if isinstance(settings, Path):
         return str(settings)
+    if isinstance(settings, Length):
+        return settings.plain
     if isinstance(settings, Fraction):
         # Written as a decimal where that is exact: 1/4 reads worse than 0.25.
         return float(settings) if Fraction(str(float(settings))) == settings else str(settings)

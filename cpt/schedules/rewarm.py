@@ -1,52 +1,74 @@
 """Re-warm and re-decay: from where the parent's learning rate ended up to a peak again, then down half a cosine.
 
-The usual recipe for new data: the peak is what lets the model learn, the slow rise spares it the shock.
+The usual recipe for new data: the peak is what lets the model learn, the slow rise spares it the shock. Others found no
+rise at all the better: `rewarm: none` goes down from where the parent's rate ended.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
-from cpt.config import Fault
+from cpt.config import Fault, Length, faults_of_lengths
 from cpt.progress import Progress
-from cpt.schedules._curves import half_cosine, line
+from cpt.schedules._curves import faults_of_rates, half_cosine, line, room_for
 
 
 @dataclass(frozen=True)
 class Settings:
-    """`peak`: highest rate. `floor`: rate at the stage's end. `warmup`: share of the stage's tokens on the way up."""
+    """`peak`: rate that the model was trained with at its highest. `floor`: rate at the stage's end. `warmup`: share or
+    tokens of the stage on the way up. `rewarm`: how high: to the `peak`, to a share of it, or `none`, not at all.
+    """
 
-    peak: float
+    peak: float | None = None
     floor: float = 0.0
-    warmup: Fraction = Fraction(1, 100)
+    warmup: Length = Length(share=Fraction(1, 100))
+    rewarm: Literal["none", "peak"] | Fraction = "peak"
 
     def faults(self) -> list[str]:
-        """Rates in the wrong order, a warm-up that is no share."""
-        faults = []
-        if not (0 <= self.floor <= self.peak and self.peak > 0):
-            faults.append(f"floor = {self.floor}, peak = {self.peak}: 0 <= floor <= peak, and peak above 0")
-        if not 0 <= self.warmup < 1:
-            faults.append(f"warmup = {float(self.warmup)}: a share of the stage, at least 0 and below 1")
+        """No peak to rise to, rates in the wrong order, a warm-up that is no stretch of the stage."""
+        faults = faults_of_lengths(warmup=self.warmup)
+        if isinstance(self.rewarm, Fraction) and not 0 < self.rewarm <= 1:
+            faults.append(f"rewarm = {float(self.rewarm)}: none, peak, or a share of the peak, above 0 and at most 1")
+        elif self.top is not None:
+            faults += faults_of_rates(self.floor, self.top)
+        elif self.rewarm != "none":
+            faults.append("peak is not set: the rate to rise to; or rewarm: none, to go down from the last one")
         return faults
+
+    @property
+    def top(self) -> float | None:
+        """The rate to rise to; None: no rise, or not told."""
+        if self.rewarm == "none" or self.peak is None:
+            return None
+        return self.peak if self.rewarm == "peak" else self.peak * float(self.rewarm)
 
 
 class Schedule:
     """Up in a straight line from the last rate before the stage, down half a cosine, flat after the stage's tokens.
 
-    Source: Ibrahim et al. 2024, arXiv:2403.08763 (re-warming and re-decaying; 1 % of the tokens for the rise).
+    Raises Fault without a rise if there was no rate before, or one below the floor.
+    Source: Ibrahim et al. 2024, arXiv:2403.08763 (re-warming and re-decaying; 1 % of the tokens for the rise);
+    Parmar et al. 2024, arXiv:2407.07263 (no rise).
     """
 
     def __init__(self, settings: Settings, stage_tokens: int, rate_before: float) -> None:
-        if stage_tokens < 1:
-            raise Fault(f"a stage of {stage_tokens} tokens: at least 1")
+        if settings.top is None and not 0 < settings.floor <= rate_before and not (settings.floor == 0 < rate_before):
+            raise Fault(
+                f"schedule.rewarm = none: the last rate before is {rate_before:g}, to go down to {settings.floor:g} "
+                "from; continue a parent that ended higher, or re-warm to a peak"
+            )
         self._settings, self._stage_tokens, self._rate_before = settings, stage_tokens, rate_before
-        self._warmup_tokens = float(settings.warmup * stage_tokens)
+        self._top = rate_before if settings.top is None else settings.top
+        (self._warmup_tokens,) = room_for(stage_tokens, warmup=Length() if settings.top is None else settings.warmup)
 
     def rate(self, progress: Progress) -> float:
         """Learning rate of the next step."""
-        settings, tokens = self._settings, progress.stage_tokens
+        tokens = progress.stage_tokens
         if tokens < self._warmup_tokens:
-            return line(self._rate_before, settings.peak, tokens / self._warmup_tokens)
+            return line(self._rate_before, self._top, tokens / self._warmup_tokens)
+        if tokens >= self._stage_tokens:
+            return self._settings.floor
         share = (tokens - self._warmup_tokens) / (self._stage_tokens - self._warmup_tokens)
-        return half_cosine(settings.peak, settings.floor, min(1.0, share))
+        return half_cosine(self._top, self._settings.floor, share)

@@ -11,6 +11,7 @@ import pytest
 
 from cpt.config import (
     Fault,
+    Length,
     as_mapping,
     build,
     chosen_from,
@@ -269,7 +270,7 @@ FULL = Outer(
     numbers=(1e-5, 1e16, 0.1),
     by_name={"no": Inner(3), "7": Inner(4)},
     anything={"bucket": 5e8, "text": "2024-01-05", "list": [None, True, "on"]},
-    schedule=cosine.Settings(1e-3, 1e-4, 5),
+    schedule=cosine.Settings(1e-3, 1e-4, Length(5)),
     maybe_schedule=constant.Settings(1.0),
     schedules=(constant.Settings(2.0), cosine.Settings(3.0)),
 )
@@ -279,7 +280,7 @@ def test_settings_are_written_out_in_full():
     plain = as_mapping(FULL)
     assert plain["share"] == "1/3"
     assert plain["place"] == "runs/a b"
-    assert plain["schedule"] == {"name": "cosine", "peak": 1e-3, "floor": 1e-4, "warmup_tokens": 5}
+    assert plain["schedule"] == {"name": "cosine", "peak": 1e-3, "floor": 1e-4, "warmup": 5}
     assert [choice["name"] for choice in plain["schedules"]] == ["constant", "cosine"]
     assert as_mapping(Outer(share=Fraction(1, 4)))["share"] == 0.25
 

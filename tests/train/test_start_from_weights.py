@@ -99,7 +99,7 @@ def test_steps_that_destroy_the_model_are_stopped_after_the_first(exported, data
 
 def test_a_jump_by_the_tenth_step_is_stopped_too(exported, data, tmp_path):
     config = config_from(exported, data, tmp_path, steps=20)
-    told = stopped(config, f"stages.0.schedule={{peak: 20, warmup_tokens: {15 * runs.TOKENS_A_STEP}}}")
+    told = stopped(config, f"stages.0.schedule={{peak: 20, warmup: {15 * runs.TOKENS_A_STEP}}}")
     assert "after step 10 the loss on the probe text is" in told
 
 
