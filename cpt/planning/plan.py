@@ -13,9 +13,9 @@ from cpt.data.share_table import share_table
 from cpt.models.layers.cutting import num_parameters_on_a_rank
 from cpt.planning.memory import model_state
 from cpt.progress import Progress
-from cpt.run import Run, Stage
+from cpt.run import Run
 from cpt.run.beginning import checkpoint_of_parent
-from cpt.run.stages import corpora_of, order_of, refuse_bad_stages
+from cpt.run.stages import corpora_of, last_rate, order_of, refuse_bad_stages
 
 _BARS = " ▁▂▃▄▅▆▇█"
 
@@ -35,13 +35,11 @@ def plan_lines(run: Run, num_ranks: int) -> Iterator[str]:
     place = Place.of_child(checkpoint_of_parent(run).state) if run.parent else Place()
     refuse_bad_stages(run, place)
     yield from _model_lines(run, num_ranks)
-    for stage in run.stages:
+    for index, stage in enumerate(run.stages):
         order = order_of(run, place)
         yield ""
-        yield from _stage_lines(run, stage, order, place.rate_before_stage)
-        last = build(stage.schedule, "Schedule", stage.total_tokens, place.rate_before_stage).rate(
-            Progress(stage_tokens=run.num_steps(stage) * run.tokens_a_step - run.tokens_a_step)
-        )
+        yield from _stage_lines(run, index, order, place.rate_before_stage)
+        last = last_rate(run, index, place.rate_before_stage)
         place = dataclasses.replace(place, rate=last).at_next_stage(order.ledger_after(run.num_slots(stage)))
 
 
@@ -79,13 +77,15 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} GiB"
 
 
-def _stage_lines(run: Run, stage: Stage, order: StageOrder, rate_before: float) -> Iterator[str]:
+def _stage_lines(run: Run, index: int, order: StageOrder, rate_before: float) -> Iterator[str]:
+    stage = run.stages[index]
     num_steps = run.num_steps(stage)
     yield f"stage {stage.name}: {num_steps:,} steps"
     yield from (f"  {line}" for line in share_table(order, num_steps * run.batch.windows))
     schedule = build(stage.schedule, "Schedule", stage.total_tokens, rate_before)
     rates = [
-        schedule.rate(Progress(stage_tokens=int(num_steps * column / 59) * run.tokens_a_step)) for column in range(60)
+        schedule.rate(Progress(stage=index, stage_tokens=int(num_steps * column / 59) * run.tokens_a_step))
+        for column in range(60)
     ]
     top = max(rates) or 1.0
     curve = "".join(_BARS[round(rate / top * (len(_BARS) - 1))] for rate in rates)

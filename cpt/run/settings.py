@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -68,7 +69,8 @@ class Stage:
             if ramp and ramp.tokens > self.total_tokens:
                 faults.append(f"replay.ramp.tokens = {ramp.tokens}: the stage has {self.total_tokens} in all; lower it")
             try:
-                build(self.schedule, "Schedule", self.total_tokens, 0.0)
+                # Whether the rate before it is one that it can follow, is known when the run begins.
+                build(self.schedule, "Schedule", self.total_tokens, math.inf)
             except Fault as fault:
                 faults.extend(fault.lines)
         return faults + [

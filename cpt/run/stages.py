@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from cpt.checkpoint import Place
-from cpt.config import Fault
+from cpt.config import Fault, build
 from cpt.data.corpus import Corpus
 from cpt.data.order import StageOrder
 from cpt.data.streams import trained_tokens
@@ -45,9 +45,24 @@ def refuse_bad_stages(run: Run, place: Place) -> None:
         tokens_done = place.progress.stage_tokens if index == place.progress.stage else 0
         num_slots = run.num_slots(run.stages[index], tokens_done)
         faults.extend(f"stages.{index}.{line}" for line in order.faults_over(num_slots))
-        place = dataclasses.replace(place, ledger_before_stage=order.ledger_after(num_slots))
+        try:
+            place = dataclasses.replace(place, rate=last_rate(run, index, place.rate_before_stage))
+        except Fault as fault:
+            faults.extend(f"stages.{index}.{line}" for line in fault.lines)
+        ledger = order.ledger_after(num_slots)
+        place = dataclasses.replace(place, ledger_before_stage=ledger, rate_before_stage=place.rate)
     if faults:
         raise Fault(faults)
+
+
+def last_rate(run: Run, index: int, rate_before: float) -> float:
+    """Learning rate of the last step of the stage of that number. Raises Fault if its schedule cannot follow such a
+    rate.
+    """
+    stage = run.stages[index]
+    schedule = build(stage.schedule, "Schedule", stage.total_tokens, rate_before)
+    tokens = max(0, run.num_steps(stage) - 1) * run.tokens_a_step
+    return schedule.rate(Progress(stage=index, stage_tokens=tokens))
 
 
 def corpora_of(run: Run) -> dict[str, Path]:

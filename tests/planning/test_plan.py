@@ -79,3 +79,33 @@ def test_an_output_that_training_would_refuse_is_refused(config, tmp_path):
     (tmp_path / "used" / "file").touch()
     with pytest.raises(Fault, match="the folder is used, but not by a run"):
         list(plan_lines(read_run([config, f"output={tmp_path}/used"]), num_ranks=1))
+
+
+def two_stages(config, first: str, second: str) -> list[str]:
+    """Words for a run of 160 and then as many tokens again with these schedules."""
+    source = f"{{text: {{corpus: {config.removesuffix('/run.yaml')}/text, max_epochs: 9}}}}"
+    stages = [
+        f"{{name: {name}, tokens: 160, sources: {source}, schedule: {schedule}}}"
+        for name, schedule in (("main", first), ("release", second))
+    ]
+    return [config, f"stages=[{', '.join(stages)}]"]
+
+
+def test_a_branch_is_drawn_from_the_rate_of_the_stage_before(config):
+    words = two_stages(config, "{name: constant, peak: 1e-3}", "{name: branch, floor: 1e-4, shape: linear}")
+    curves = [line for line in plan_lines(read_run(words), 1) if "learning rate" in line]
+    assert curves == [
+        "  learning rate (constant): 1.00e-03 first, 1.00e-03 highest, 1.00e-03 last",
+        "  learning rate (branch): 1.00e-03 first, 1.00e-03 highest, 1.00e-04 last",
+    ]
+
+
+def test_a_schedule_that_cannot_follow_the_stage_before_is_refused_before_anything_is_written(config, tmp_path):
+    words = two_stages(config, "{name: cosine, peak: 1e-3}", "{name: branch, floor: 9e-4}")
+    told = (
+        "stages.1.schedule.floor = 0.0009: the branch begins at 9.54915e-05, the last rate of the path it leaves, and"
+    )
+    with pytest.raises(Fault, match=told):
+        list(plan_lines(read_run(words), 1))
+    assert main(["train", *words]) == 2
+    assert not (tmp_path / "run").exists()
