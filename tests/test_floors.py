@@ -24,7 +24,7 @@ FLOORS = {
     4: ["cpt.methods", "cpt.checkpoint", "cpt.huggingface", "cpt.evaluation"],
     3: ["cpt.models", "cpt.data", "cpt.schedules"],
     2: ["cpt.lineage", "cpt.parallel"],
-    1: ["cpt_kernels", "cpt.config", "cpt.observe", "cpt.progress"],
+    1: ["cpt_kernels", "cpt.config", "cpt.observe", "cpt.progress", "cpt.tensor_writer"],
     0: ["cpt"],
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

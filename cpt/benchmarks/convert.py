@@ -26,8 +26,8 @@ from cpt.config import Fault, name_of_choice
 from cpt.huggingface import architectures
 from cpt.huggingface.export import write_json
 from cpt.huggingface.shards import INDEX, new_shards
-from cpt.huggingface.tensor_file import Writer, in_order
 from cpt.models import llama, pythia
+from cpt.tensor_writer import Writer, in_order
 
 _TINY = llama.Settings(vocabulary=64, width=16, layers=1, heads=2, mlp_width=24)
 SHAPES: dict[str, Any] = {

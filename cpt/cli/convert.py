@@ -27,10 +27,10 @@ from cpt.huggingface.origin import FILE_NAME as ORIGIN
 from cpt.huggingface.origin import Origin
 from cpt.huggingface.publish import publish
 from cpt.huggingface.readers import count_not_finite, name_of_dtype
-from cpt.huggingface.tensor_file import Layout, Writer, in_order
 from cpt.huggingface.verify import Subject, examine
 from cpt.lineage.ledger import Ledger
 from cpt.lineage.tree import write_lineage
+from cpt.tensor_writer import Layout, Writer, in_order
 
 EXAMPLE = "cpt convert to-hf runs/quickstart/replay models/replay --dtype fp32"
 

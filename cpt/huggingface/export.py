@@ -24,8 +24,8 @@ from cpt.huggingface.exported import Exported
 from cpt.huggingface.origin import Origin
 from cpt.huggingface.readers import count_not_finite, name_of_dtype
 from cpt.huggingface.shards import INDEX, Shards, new_shards, shards_as_they_lay
-from cpt.huggingface.tensor_file import DTYPES as STORED_DTYPES
-from cpt.huggingface.tensor_file import Writer, in_order
+from cpt.tensor_writer import DTYPES as STORED_DTYPES
+from cpt.tensor_writer import Writer, in_order
 
 # What a request may call the type of the exported weights.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

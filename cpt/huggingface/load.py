@@ -22,7 +22,8 @@ from cpt.data.prepare.tokenizers import COMPANIONS, SENTENCEPIECE_MODEL, TOKENIZ
 from cpt.huggingface import architectures
 from cpt.huggingface.architectures import Stored
 from cpt.huggingface.readers import InMemory, Part, Reader, difference_of, whole
-from cpt.huggingface.tensor_file import DTYPES, NAMES_OF_DTYPES, StoredTensor, open_file
+from cpt.huggingface.tensor_file import StoredTensor, open_file
+from cpt.tensor_writer import DTYPES, NAMES_OF_DTYPES
 
 # In the order of preference: (the only file, the index of several).
 _LAYOUTS = (

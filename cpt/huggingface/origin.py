@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt.huggingface.load import FolderWeights
-from cpt.huggingface.tensor_file import Layout
+from cpt.tensor_writer import Layout
 
 FILE_NAME = "import.json"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from cpt.huggingface.origin import Origin
-from cpt.huggingface.tensor_file import DTYPES, Layout, in_order
+from cpt.tensor_writer import DTYPES, Layout, in_order
 
 INDEX = "model.safetensors.index.json"
 Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

@@ -1,21 +1,12 @@
-"""safetensors files in pieces: no file and no tensor is ever in memory as a whole.
+"""safetensors files read in pieces: no file and no tensor is ever in memory as a whole.
 
-    8 bytes, how long the header is | header: JSON, filled up with spaces | the tensors' bytes, one after another
-
-The library checks a file when it is opened. It is not what reads and writes: it maps a file into memory, and every page
-that was touched counts as ours until it is closed; and it writes only what is in memory as a whole.
+The library checks a file when it is opened. It is not what reads: it maps a file into memory, and every page that was
+touched counts as ours until it is closed.
 """
 
 from __future__ import annotations
 
-import errno
-import json
-import math
-import mmap
 import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,56 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cpt.config.faults import Fault
-from cpt.huggingface.readers import ELEMENTS_A_PIECE, Reader
-
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
-_BLOCK_BYTES = 4 << 20
-# What is written past the page cache is written in multiples of this.
-_DISK_BLOCK = 4096
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a file holds: its header word for word, and for each tensor type, shape, and first byte in the file."""
-
-    header: str
-    places: Mapping[str, tuple[str, tuple[int, ...], int]]
-
-    @staticmethod
-    def of_header(header: str) -> Layout:
-        """The layout that a header describes."""
-        begin = 8 + len(header.encode())
-        tensors = {name: tensor for name, tensor in json.loads(header).items() if name != "__metadata__"}
-        return Layout(
-            header,
-            {
-                name: (tensor["dtype"], tuple(tensor["shape"]), begin + tensor["data_offsets"][0])
-                for name, tensor in tensors.items()
-            },
-        )
-
-    @staticmethod
-    def of_tensors(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> Layout:
-        """A new file of these, byte for byte as the library would lay it out: large types first, then by name."""
-        content: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name)):
-            dtype, shape = tensors[name]
-            begin, end = end, end + math.prod(shape) * dtype.itemsize
-            content[name] = {
-                "dtype": NAMES_OF_DTYPES[dtype],
-                "shape": list(shape),
-                "data_offsets": [begin, end],
-            }
-        header = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
-        return Layout.of_header(header + " " * (-len(header.encode()) % 8))
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the whole file."""
-        ends = (begin + _num_bytes(dtype, shape) for dtype, shape, begin in self.places.values())
-        return max(ends, default=8 + len(self.header.encode()))
+from cpt.huggingface.readers import Reader
+from cpt.tensor_writer import DTYPES, Layout
 
 
 class StoredTensor(Reader):
@@ -103,117 +46,6 @@ def open_file(path: Path) -> tuple[dict[str, StoredTensor], str]:
         raise Fault(f"{path} is damaged: {error}") from None
     places = Layout.of_header(header).places
     return {name: StoredTensor(path, *place) for name, place in places.items()}, header
-
-
-class Writer:
-    """A new file with a layout, filled from its first tensor to its last; on the disk at the end of the block.
-
-    Past the page cache where the file system can do that: on a machine without room to spare the cache took 0.9 to 4.7
-    seconds of processor time for 2.2 GB, where the disk itself took 1.3 seconds of nobody's. Raises OSError for what
-    the disk does not take. `observe`: called with the file's bytes, block by block.
-    """
-
-    def __init__(
-        self, path: Path, layout: Layout, observe: Callable[[memoryview], object] = lambda block: None
-    ) -> None:
-        self._layout, self._path, self._observe = layout, path, observe
-        self._names = iter(in_order(layout))
-        self._blocks = [mmap.mmap(-1, _BLOCK_BYTES) for _ in range(2)]  # one is filled while the other is written
-        self._filled = self._num_written = 0
-        self._writing: Future | None = None
-
-    def __enter__(self) -> Writer:
-        self._thread = ThreadPoolExecutor(1)
-        self._file, self._is_direct = _open_to_write(self._path)
-        header = self._layout.header.encode()
-        self._append(torch.frombuffer(bytearray(len(header).to_bytes(8, "little") + header), dtype=torch.uint8))
-        return self
-
-    def write(self, name: str, read_into: Callable[[int, Tensor], None]) -> None:
-        """The tensor `name`, the next in the file; `read_into(start, out)` fills `out` with those from `start` on."""
-        stored_as, shape, begin = self._layout.places[name]
-        assert name == next(self._names) and begin == self._begin
-        dtype, start, num_elements = DTYPES[stored_as], 0, math.prod(shape)
-        while start < num_elements:
-            # A file that others wrote may hold a type where it is not aligned.
-            if self._filled % dtype.itemsize:
-                out = torch.empty(min(num_elements - start, ELEMENTS_A_PIECE), dtype=dtype)
-                read_into(start, out)
-                self._append(out.view(torch.uint8))
-            else:
-                num_fitting = (_BLOCK_BYTES - self._filled) // dtype.itemsize
-                end = self._filled + min(num_elements - start, num_fitting) * dtype.itemsize
-                out = torch.frombuffer(self._blocks[0], dtype=torch.uint8)[self._filled : end].view(dtype)
-                read_into(start, out)
-                self._take(len(out) * dtype.itemsize)
-            start += len(out)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._hand_over()
-                self._wait()
-                assert self._num_written == self._layout.num_bytes
-                os.ftruncate(self._file, self._num_written)  # written in whole disk blocks
-                os.fsync(self._file)
-        finally:
-            self._thread.shutdown()
-            os.close(self._file)
-
-    @property
-    def _begin(self) -> int:
-        return self._num_written + self._filled
-
-    def _append(self, raw: Tensor) -> None:
-        while len(raw):
-            num_bytes = min(len(raw), _BLOCK_BYTES - self._filled)
-            block = torch.frombuffer(self._blocks[0], dtype=torch.uint8)
-            block[self._filled : self._filled + num_bytes] = raw[:num_bytes]
-            self._take(num_bytes)
-            raw = raw[num_bytes:]
-
-    def _take(self, num_bytes: int) -> None:
-        self._filled += num_bytes
-        if self._filled == _BLOCK_BYTES:
-            self._hand_over()
-
-    def _hand_over(self) -> None:
-        """Let the thread write the block that is filled, and go on in the other."""
-        self._wait()
-        self._writing = self._thread.submit(self._write_block, self._blocks[0], self._filled, self._num_written)
-        self._num_written, self._filled = self._begin, 0
-        self._blocks.reverse()
-
-    def _wait(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
-
-    def _write_block(self, block: mmap.mmap, num_bytes: int, begin: int) -> None:
-        self._observe(memoryview(block)[:num_bytes])
-        left = memoryview(block)[: -(-num_bytes // _DISK_BLOCK) * _DISK_BLOCK if self._is_direct else num_bytes]
-        while left:
-            num_written = os.pwrite(self._file, left, begin)
-            begin, left = begin + num_written, left[num_written:]
-
-
-def in_order(layout: Layout) -> list[str]:
-    """The names of the tensors as they lie in the file."""
-    return sorted(layout.places, key=lambda name: layout.places[name][2])
-
-
-def _open_to_write(path: Path) -> tuple[int, bool]:
-    """(the file, whether it is written past the page cache)."""
-    flags = os.O_CREAT | os.O_WRONLY
-    try:
-        return os.open(path, flags | os.O_DIRECT, 0o666), True
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return os.open(path, flags, 0o666), False
-
-
-def _num_bytes(stored_as: str, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * DTYPES[stored_as].itemsize
 
 
 def _read_into(buffer: Tensor, path: Path, begin: int) -> None:

@@ -10,19 +10,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cpt import tensor_writer
 from cpt.config import Fault
-from cpt.huggingface import readers, tensor_file
+from cpt.huggingface import readers
 from cpt.huggingface.architectures import Stored
 from cpt.huggingface.readers import Cast, Chained, FirstRows, InMemory, Joined, Part, difference_of, whole
-from cpt.huggingface.tensor_file import Layout, Writer, in_order, open_file
+from cpt.huggingface.tensor_file import open_file
+from cpt.tensor_writer import Layout, Writer, in_order
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Pieces and blocks smaller than the tensors, and odd."""
     monkeypatch.setattr(readers, "ELEMENTS_A_PIECE", 1001)
-    monkeypatch.setattr(tensor_file, "ELEMENTS_A_PIECE", 1001)
-    monkeypatch.setattr(tensor_file, "_BLOCK_BYTES", 8192)
+    monkeypatch.setattr(tensor_writer, "ELEMENTS_A_PIECE", 1001)
+    monkeypatch.setattr(tensor_writer, "_BLOCK_BYTES", 8192)
 
 
 def some_tensors(seed: int = 1) -> dict[str, torch.Tensor]:
