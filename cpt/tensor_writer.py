@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -164,6 +165,21 @@ class Writer:
                 begin, left = begin + num_written, left[num_written:]
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
+
+
+def reading(tensor: Tensor) -> Callable[[int, Tensor], None]:
+    """What `Writer.write` takes for a tensor in memory, or on a device."""
+    flat = tensor.detach().reshape(-1)
+    if flat.device.type != "cpu":
+        return lambda start, out: out.copy_(flat[start : start + len(out)])
+    source = flat.view(torch.uint8).numpy()
+
+    def read_into(start: int, out: Tensor) -> None:
+        # Not torch's copy_: it would take as many threads as there are cores, beside those that train.
+        first = start * flat.itemsize
+        np.copyto(out.view(torch.uint8).numpy(), source[first : first + out.nbytes])
+
+    return read_into
 
 
 def in_order(layout: Layout) -> list[str]:

@@ -31,7 +31,6 @@ from cpt.engine import Engine, StepResult
 from cpt.evaluation.held_out import HeldOut
 from cpt.evaluation.start_gate import StartGate
 from cpt.lineage import chain, tree
-from cpt.lineage.ledger import Ledger
 from cpt.models.layers.cutting import built_part
 from cpt.observe.journal import Journal
 from cpt.observe.logs import log_to_file
@@ -42,6 +41,7 @@ from cpt.parallel.seeds import seed_step
 from cpt.progress import Progress
 from cpt.run import Run, Stage
 from cpt.run.beginning import TrainingError, open_gate, scores_of_parent, weights_of_folder, where_to_begin
+from cpt.run.saving import Saving
 from cpt.run.stages import corpora_of, held_out_of, order_of, refuse_bad_stages
 from cpt_kernels import switch
 
@@ -106,12 +106,16 @@ def train(run: Run, mesh: Mesh) -> Outcome:
         )
         gate = open_gate(run, mesh, engine) if place.progress.step == 0 else None
         scores_above = scores_of_parent(run, parent) if gate and parent else {}
+        saving = Saving(run.checkpoint, mesh, folder, engine.content, run.tokens_a_step)
+        saving.warn_of_little_room(run.num_bytes_of_checkpoint)
         loop = _Loop(
-            run, mesh, folder, engine, journal, held_out, gate, scores_above, stop, peak.flops * mesh.size, flops
-        )
+            run, mesh, folder, engine, journal, held_out, gate, scores_above, saving, stop, peak.flops * mesh.size,
+            flops,
+        )  # fmt: skip
         try:
             return loop.run_stages(place)
         finally:
+            saving.close()
             journal.close()
 
 
@@ -127,6 +131,7 @@ class _Loop:
     held_out: dict[str, HeldOut]
     gate: StartGate | None
     scores_above: dict[str, dict[str, Any]]
+    saving: Saving
     stop: StopRequest
     peak: float
     flops: float
@@ -147,7 +152,9 @@ class _Loop:
                 )
                 return Outcome(self.folder.path, place.progress.step, self.stop.signal or signal.SIGTERM)
         if self.mesh.is_first:
-            self._settle(place, place.ledger_before_stage)  # a run that was ended right after its last save has not
+            self.saving.settle(
+                place, place.ledger_before_stage
+            )  # a run that was ended right after its last save has not
             self.folder.finish(place.progress.step, place.progress.tokens)
         _log.info("finished at step %d: %s", place.progress.step, self.folder.path)
         return Outcome(self.folder.path, place.progress.step)
@@ -165,10 +172,12 @@ class _Loop:
             rate = schedule.rate(progress)
             is_asked = self.stop.signal is not None
             result = self.engine.step(
-                batch.tokens, batch.sources, len(order.source_names), rate, progress, is_asked, batch.starts
-            )
+                batch.tokens, batch.sources, len(order.source_names), rate, progress, is_asked, batch.starts,
+                self.saving.is_asked_by_clock(),
+            )  # fmt: skip
             if result.skipped or not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
                 self._refuse_to_go_on(progress, order, batch, result)
+            self.saving.poll()
             place = place.after_step(num_tokens, rate, chain.lengthen(place.chain, order.identities(batch.windows)))
             self._record(stage, order, place, result, time.perf_counter() - started)
             if self.gate and (fault := self.gate.fault_after(place.progress.step)):
@@ -182,8 +191,13 @@ class _Loop:
             ledger = order.ledger_after(first_slot + num_windows)
             if is_last:
                 place = place.at_next_stage(ledger)
-            if is_last or result.stop_asked or place.progress.crosses(num_tokens, run.checkpoint.every_tokens):
-                self._save(place, ledger)
+            is_end = result.stop_asked or place.progress.stage == len(run.stages)
+            if is_end:
+                self.saving.save_last(place, ledger)
+            elif is_last or self.saving.is_due(place.progress):
+                self.saving.save(place, ledger)
+            elif result.save_asked:
+                self.saving.save(place, ledger, is_temporary=True)
             if result.stop_asked and place.progress.stage < len(run.stages):
                 return place, True
         return place, False
@@ -241,6 +255,7 @@ class _Loop:
             "mfu": round(num_tokens / seconds * self.flops / self.peak, 6),
             "skipped": 0,  # a step that was not made ends the run
             **self.engine.report(),
+            **self.saving.news(),
         }
         self.journal.step(record, num_tokens)
         self.journal.order(
@@ -277,21 +292,9 @@ class _Loop:
                 if fault := self.gate.fault_at_source(record["source"], record["loss"], expected, origin):
                     raise TrainingError(fault)
 
-    def _save(self, place: Place, ledger: Ledger) -> None:
-        started = time.perf_counter()
-        target = self.folder.checkpoint_at(place.progress.step)
-        self.engine.save(target, place.as_json(ledger))
-        if self.mesh.is_first:
-            self._settle(place, ledger)
-        _log.info("saved %s in %.1f s", target, time.perf_counter() - started)
-
-    def _settle(self, place: Place, ledger: Ledger) -> None:
-        """What follows a save at `place`: older checkpoints go, `latest` and `ledger.json` speak of it."""
-        self.folder.keep_newest(self.folder.checkpoint_at(place.progress.step), self.run.checkpoint.keep_last)
-        self.folder.write_json("ledger.json", ledger.as_json())
-
     def _way_on(self) -> str:
         """What a user can do after a step that was not finite."""
+        self.saving.wait()  # the checkpoint that is named below may still be on its way
         latest = self.folder.checkpoints / "latest"
         if not latest.is_file():
             return "Nothing was saved before; begin again in another output, with a lower learning rate"

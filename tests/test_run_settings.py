@@ -39,7 +39,7 @@ mesh: {timeout_seconds: 60}
 kernels: {all: plain}
 methods: [{name: reptile, every: 5, step_size: 0.5}]
 evaluation: {held_out: {no: data/no, 5: data/five}, windows: 0, every_tokens: 1M, micro_batch: 2}
-checkpoint: {every_tokens: 2M, keep_last: 3}
+checkpoint: {every_tokens: 2M, keep_last: 3, keep_every_tokens: 10M, temporary_every_minutes: 7.5, in_background: false}
 log: {every_steps: 10, peak_tflops: 989}
 deepspeed: {zero_optimization: {reduce_bucket_size: 5e8, stage: auto}, wall_clock_breakdown: true, tag: 2024-01-05}
 stages:
@@ -236,6 +236,10 @@ def test_a_parent_that_is_only_a_name_is_a_fault(file):
         ("checkpoint.keep_last=0", "checkpoint.keep_last = 0: at least 1"),
         ("checkpoint.every_tokens=0",
          "checkpoint.every_tokens = 0: at least 1; leave it out to save at stage ends only"),
+        ("checkpoint.keep_every_tokens=0",
+         "checkpoint.keep_every_tokens = 0: at least 1; leave it out to keep none"),
+        ("checkpoint.temporary_every_minutes=0",
+         "checkpoint.temporary_every_minutes = 0.0: above 0; leave it out to save by tokens"),
         ("log.every_steps=0", "log.every_steps = 0: at least 1"),
         ("log.peak_tflops=0", "log.peak_tflops = 0.0: above 0; leave it out to have it found"),
         ("evaluation.windows=-1", "evaluation.windows = -1: at least 1, or 0 for all"),

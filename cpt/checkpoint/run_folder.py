@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cpt.checkpoint.keep import superseded
 from cpt.checkpoint.read import Checkpoint, find_checkpoint
-from cpt.checkpoint.write import checkpoint_folders, set_latest, step_folder
+from cpt.checkpoint.write import set_latest, step_folder
 from cpt.config import Fault
 from cpt.parallel.mesh import Mesh
 
@@ -91,17 +92,17 @@ class RunFolder:
                 os.close(lock)
 
     def keep_newest(self, newest: Path, number: int) -> None:
-        """Let `latest` name `newest`, which was just saved, and remove all but the `number` that lead up to it.
+        """Let `latest` name `newest`, which was just saved; remove what it supersedes: the `number` last ones stay.
 
-        Later ones are removed too: they were damaged, or the run would have gone on from them.
+        What cannot be removed is told and stays: the new one stands all the same.
         """
         set_latest(self.checkpoints, newest)
-        folders = checkpoint_folders(self.checkpoints)
-        until = folders.index(newest) + 1
-        for folder in folders[: max(0, until - number)] + folders[until:]:
-            shutil.rmtree(folder)
-        for aside in self.checkpoints.glob(".step-*.aside"):  # of a save that was killed
-            shutil.rmtree(aside)
+        killed = self.checkpoints.glob(".step-*.aside")  # saves that were
+        for folder in [*superseded(self.checkpoints, newest, number), *killed]:
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                _log.warning("%s cannot be removed: %s", error.filename or folder, error.strerror)
 
     def checkpoint_at(self, step: int) -> Path:
         """Where the checkpoint after `step` steps lies, or will lie."""

@@ -1,4 +1,4 @@
-"""Write a checkpoint: every rank its own pieces, by name, aside; then one rename.
+"""What a checkpoint is on the disk, and how its parts are written: every rank its own pieces, aside; then one rename.
 
     step-00000500/
         index.json                  for each kind and parameter: shape, and which file holds which elements
@@ -8,25 +8,28 @@
 
 A kind is `master`, `exp_avg`, `exp_avg_sq` or `method/NAME/KEY`. A piece with `columns` holds elements of these columns
 of the parameter alone, counted as if there were no others. Nothing here depends on how many ranks there were.
+
+Who waits for whom is told in `cpt.checkpoint.save`.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from cpt.parallel.mesh import Mesh
 from cpt.parallel.weights import Piece
+from cpt.tensor_writer import Layout, Writer, in_order, reading
 
 # 1 had no columns, and is read as well.
 FORMAT_VERSION = 2
@@ -38,36 +41,69 @@ def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def checkpoint_folders(checkpoints: Path) -> list[Path]:
     """The checkpoints that lie there, whole or not, by step; a folder with a name of its own is somebody else's."""
-    steps = {folder: folder.name.removeprefix("step-") for folder in checkpoints.glob("step-*")}
-    return sorted((folder for folder, step in steps.items() if step.isdecimal()), key=lambda f: int(steps[f]))
+    found = (folder for folder in checkpoints.glob("step-*") if folder.name.removeprefix("step-").isdecimal())
+    return sorted(found, key=step_of)
 
 
-def write_checkpoint(
-    folder: Path,
-    pieces: Sequence[Piece],
-    tensors: Mapping[str, Sequence[torch.Tensor]],
-    state: Mapping[str, Any],
-    mesh: Mesh,
-) -> None:
-    """Write the checkpoint `folder`; every rank must call it with its own pieces.
+def aside_of(folder: Path) -> Path:
+    """Where the checkpoint `folder` is written until it is whole."""
+    return folder.with_name(f".{folder.name}.aside")
 
-    `tensors`: for each kind one tensor a piece, in the order of `pieces`. `state`: anything JSON can hold, the same on
-    all ranks; the first rank's is written. The folder appears by one rename when everything is on the disk; a folder of
-    that name from before is replaced. Raises OSError on every rank if a disk does not take it; then nothing appeared.
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds. `tensors`: for each kind one tensor a piece, in the order of `pieces`.
+
+    `state`: anything JSON can hold, the same on all ranks; the first rank's is written.
     """
-    aside = folder.with_name(f".{folder.name}.aside")
-    for work in (
-        lambda: _make_anew(aside) if mesh.is_first else None,
-        lambda: _write_pieces(aside, pieces, tensors, mesh),
-        lambda: _finish(aside, folder, state) if mesh.is_first else None,
-    ):
-        failure = _failure_of(work)
-        if mesh.any(failure is not None):  # the ranks that could write must not wait for one that could not
-            if mesh.is_first:
-                shutil.rmtree(aside, ignore_errors=True)
-            raise failure or OSError(f"{folder}: another rank could not write its part of the checkpoint")
+
+    pieces: Sequence[Piece]
+    tensors: Mapping[str, Sequence[torch.Tensor]]
+    state: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank writes: tensors by their names in its file, and a line of the index for each."""
+
+    rank: int
+    tensors: Mapping[str, torch.Tensor]
+    entries: Sequence[list[Any]]
+
+    @staticmethod
+    def of_rank(rank: int, content: Content) -> Part:
+        """The pieces that are this rank's to write; the tensors are views."""
+        tensors, entries = {}, []
+        for kind, of_kind in content.tensors.items():
+            for piece, tensor in zip(content.pieces, of_kind, strict=True):
+                if not piece.is_counted:
+                    continue
+                key = f"{kind}|{piece.name}|{piece.start}"
+                tensors[key] = tensor.detach()
+                entries.append(
+                    [kind, piece.name, list(piece.shape), piece.start, piece.stop, _file(rank), key, piece.columns]
+                )
+        return Part(rank, tensors, entries)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Of its file."""
+        return Layout.of_tensors({key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in self.tensors.items()})
+
+    def write(self, aside: Path) -> None:
+        """Write the file and this rank's part of the index into the folder `aside`, and onto the disk."""
+        digest = xxhash.xxh3_128()
+        with Writer(aside / _file(self.rank), self.layout, digest.update) as writer:
+            for key in in_order(self.layout):
+                writer.write(key, reading(self.tensors[key]))
+        _write_part_of_index(aside, self.rank, self.entries, digest.hexdigest())
 
 
 def write_first(
@@ -79,23 +115,69 @@ def write_first(
     """Write the checkpoint `folder` of weights that nothing was trained on yet: masters only, from one process.
 
     `fill(path, keys, observe)` writes the file of pieces: the whole of each parameter, flattened, under the name
-    `keys[name]`. It may do so in pieces, which `write_checkpoint` cannot, and in a type that holds the fp32 masters
-    exactly. It calls `observe` with the file's bytes in their order.
+    `keys[name]`. It may do so in a type that holds the fp32 masters exactly. It calls `observe` with the file's bytes
+    in their order.
     Raises OSError if the disk does not take it; then nothing appeared.
     """
-    aside, file = folder.with_name(f".{folder.name}.aside"), "pieces-00000.safetensors"
+    aside, file = aside_of(folder), _file(0)
     keys = {name: f"master|{name}|0" for name in shapes}
     entries = [
         ["master", name, list(shape), 0, math.prod(shape), file, keys[name], None] for name, shape in shapes.items()
     ]
-    _make_anew(aside)
+    make_anew(aside)
     try:
         digest = xxhash.xxh3_128()
         fill(aside / file, keys, digest.update)
-        (aside / "index-00000.json").write_text(json.dumps(entries), encoding="utf-8")
-        _finish(aside, folder, state, {file: digest.hexdigest()})
+        _write_part_of_index(aside, 0, entries, digest.hexdigest())
+        join_parts(aside, folder, state, 1)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def make_anew(aside: Path, num_bytes: int = 0) -> None:
+    """Make the folder `aside`, empty, and remove what killed saves left beside it.
+
+    Raises OSError if the disk has no room for `num_bytes`; then nothing was written.
+    """
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    for left in aside.parent.glob(".step-*.aside"):
+        shutil.rmtree(left, ignore_errors=True)
+    free = shutil.disk_usage(aside.parent).free
+    if free < num_bytes:
+        told = f"{num_bytes:,} bytes are needed and {free:,} are free on this disk; nothing was written"
+        raise OSError(errno.ENOSPC, told, str(aside.parent))
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+
+
+def join_parts(aside: Path, folder: Path, state: Mapping[str, Any], num_parts: int) -> None:
+    """Make one checkpoint of what `num_parts` ranks have written into `aside`, and let it appear as `folder`."""
+    index: dict[str, Any] = {"format_version": FORMAT_VERSION, "tensors": {}}
+    sums = {}
+    for rank in range(num_parts):
+        path = aside / _part_of_index(rank)
+        part = json.loads(path.read_text(encoding="utf-8"))
+        if (aside / _file(rank)).stat().st_size != part["num_bytes"]:
+            raise OSError(errno.EIO, "changed while the checkpoint was written", str(aside / _file(rank)))
+        sums[_file(rank)] = part["checksum"]
+        for kind, name, shape, start, stop, file, key, columns in part["entries"]:
+            tensor = index["tensors"].setdefault(kind, {}).setdefault(name, {"shape": shape, "pieces": []})
+            tensor["pieces"].append([start, stop, file, key, *([columns] if columns else [])])
+        path.unlink()
+    for of_kind in index["tensors"].values():
+        for tensor in of_kind.values():
+            tensor["pieces"].sort()
+    for name, text in (("index.json", json.dumps(index)), ("state.json", json.dumps(state, indent=1))):
+        (aside / name).write_text(text, encoding="utf-8")
+        sums[name] = xxhash.xxh3_128(text.encode()).hexdigest()
+    (aside / "checksums.json").write_text(json.dumps(dict(sorted(sums.items())), indent=1), encoding="utf-8")
+    for name in ("index.json", "state.json", "checksums.json"):
+        _to_disk(aside / name)
+    _to_disk(aside)
+    if folder.exists():
+        shutil.rmtree(folder)
+    aside.replace(folder)
+    _to_disk(folder.parent)
 
 
 def set_latest(checkpoints: Path, folder: Path) -> None:
@@ -106,64 +188,6 @@ def set_latest(checkpoints: Path, folder: Path) -> None:
     aside.replace(checkpoints / "latest")
 
 
-def _failure_of(work: Callable[[], None]) -> OSError | None:
-    try:
-        work()
-    except SafetensorError as error:  # what safetensors makes of a full disk
-        return OSError(str(error))
-    except OSError as error:
-        return error
-    return None
-
-
-def _make_anew(aside: Path) -> None:
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-
-
-def _write_pieces(
-    aside: Path, pieces: Sequence[Piece], tensors: Mapping[str, Sequence[torch.Tensor]], mesh: Mesh
-) -> None:
-    """This rank's file of pieces, and the part of the index that speaks of it."""
-    file = f"pieces-{mesh.rank:05d}.safetensors"
-    contents, entries = {}, []
-    for kind, of_kind in tensors.items():
-        for piece, tensor in zip(pieces, of_kind, strict=True):
-            if not piece.is_counted:
-                continue
-            key = f"{kind}|{piece.name}|{piece.start}"
-            contents[key] = tensor.detach().contiguous().cpu()
-            entries.append([kind, piece.name, list(piece.shape), piece.start, piece.stop, file, key, piece.columns])
-    save_file(contents, aside / file)
-    _to_disk(aside / file)
-    (aside / f"index-{mesh.rank:05d}.json").write_text(json.dumps(entries), encoding="utf-8")
-
-
-def _finish(aside: Path, folder: Path, state: Mapping[str, Any], known_sums: Mapping[str, str] | None = None) -> None:
-    """`known_sums`: checksums of files that need not be read again."""
-    index: dict[str, Any] = {"format_version": FORMAT_VERSION, "tensors": {}}
-    for part in sorted(aside.glob("index-*.json")):
-        for kind, name, shape, start, stop, file, key, columns in json.loads(part.read_text(encoding="utf-8")):
-            tensor = index["tensors"].setdefault(kind, {}).setdefault(name, {"shape": shape, "pieces": []})
-            tensor["pieces"].append([start, stop, file, key, *([columns] if columns else [])])
-        part.unlink()
-    for of_kind in index["tensors"].values():
-        for tensor in of_kind.values():
-            tensor["pieces"].sort()
-    (aside / "index.json").write_text(json.dumps(index), encoding="utf-8")
-    (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    known = known_sums or {}
-    sums = {path.name: known.get(path.name) or checksum(path) for path in sorted(aside.iterdir())}
-    (aside / "checksums.json").write_text(json.dumps(sums, indent=1), encoding="utf-8")
-    for name in ("index.json", "state.json", "checksums.json"):
-        _to_disk(aside / name)
-    _to_disk(aside)
-    if folder.exists():
-        shutil.rmtree(folder)
-    aside.replace(folder)
-    _to_disk(folder.parent)
-
-
 def checksum(path: Path) -> str:
     """XXH3-128 of a file's bytes, in hex; reads in pieces of 4 MiB."""
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(1 << 22))
@@ -171,6 +195,20 @@ def checksum(path: Path) -> str:
         while num_read := file.readinto(buffer):
             digest.update(buffer[:num_read])
     return digest.hexdigest()
+
+
+def _file(rank: int) -> str:
+    return f"pieces-{rank:05d}.safetensors"
+
+
+def _part_of_index(rank: int) -> str:
+    return f"index-{rank:05d}.json"
+
+
+def _write_part_of_index(aside: Path, rank: int, entries: Sequence[list[Any]], digest: str) -> None:
+    num_bytes = (aside / _file(rank)).stat().st_size
+    part = {"num_bytes": num_bytes, "checksum": digest, "entries": entries}
+    (aside / _part_of_index(rank)).write_text(json.dumps(part), encoding="utf-8")
 
 
 def _to_disk(path: Path) -> None:

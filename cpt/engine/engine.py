@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpt.checkpoint import Checkpoint, write_checkpoint
+from cpt.checkpoint import Checkpoint, Content, write_checkpoint
 from cpt.config import Fault
 from cpt.engine.micro_batches import MicroBatch, OneByOne, cut
 from cpt.engine.pipeline import DEEPSPEED_SETTINGS, Pipeline
@@ -39,7 +39,7 @@ class StepResult:
 
     Losses are nats a token, exact means over the step's targets of all ranks that count; `loss` is 0 if none does.
     `loss_by_source` leaves out a source without any. `skipped`: the update was not made because a gradient was not
-    finite. `stop_asked`: some rank was asked to stop.
+    finite. `stop_asked`, `save_asked`: some rank was asked to stop, or to save.
     """
 
     loss: float
@@ -47,6 +47,7 @@ class StepResult:
     grad_norm: float
     skipped: bool
     stop_asked: bool
+    save_asked: bool
 
 
 class Engine:
@@ -133,6 +134,7 @@ class Engine:
         progress: Progress,
         stop_asked: bool = False,
         starts: torch.Tensor | None = None,
+        save_asked: bool = False,
     ) -> StepResult:
         """Train once on this rank's windows `tokens` [B, S + 1], whose sources are numbered in `sources` [B].
 
@@ -161,14 +163,14 @@ class Engine:
             return loss
 
         self._run.train(micro_batches, loss_of)
-        # Per source: loss summed, tokens counted; and one place more for "stop".
+        # Per source: loss summed, tokens counted; and one place more for "stop" and "save".
         sums = torch.zeros(2, num_sources + 1, dtype=torch.float64)
         if self._mesh.tensor.rank == 0:  # the first of a tensor group speaks for its windows; asked to stop may be any
             for of_windows, losses in by_window:
                 sums[0].index_add_(0, of_windows, losses.cpu())
         if self._mesh.speaks_for_windows:
             sums[1].index_add_(0, sources, counts.to(sums.dtype))
-        sums[0, -1] = float(stop_asked)
+        sums[0, -1], sums[1, -1] = float(stop_asked), float(save_asked)
         sums = self._mesh.sum(sums.to(self._mesh.device)).cpu()
         return StepResult(
             loss=float(sums[0, :-1].sum() / sums[1, :-1].sum().clamp(min=1)),
@@ -176,6 +178,7 @@ class Engine:
             grad_norm=self._gradient_norm(),
             skipped=not self._engine.was_step_applied(),
             stop_asked=bool(sums[0, -1] > 0),
+            save_asked=bool(sums[1, -1] > 0),
         )
 
     def use_model_settings(self, settings: Any) -> None:
@@ -215,8 +218,8 @@ class Engine:
         """What the methods have to tell about the last step, for `metrics.jsonl`."""
         return {key: value for method in self._methods for key, value in method.report().items()}
 
-    def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write masters, moments and method state by name, with `state` beside them, into the new folder `folder`."""
+    def content(self, state: dict[str, Any]) -> Content:
+        """What a checkpoint holds now, with `state` beside it: views, which the next step changes."""
         pieces = self.masters.pieces
         tensors = {"master": [p.values for p in pieces]}
         tensors.update({moment: [p.moments[moment] for p in pieces] for moment in MOMENTS})
@@ -226,7 +229,11 @@ class Engine:
                 into = tensors if isinstance(value, list) else numbers
                 into[f"method/{method.name}/{key}"] = value
         whole = {**state, "optimizer_updates": self.masters.num_updates, "methods": numbers}
-        write_checkpoint(folder, pieces, tensors, whole, self._mesh)
+        return Content(pieces, tensors, whole)
+
+    def save(self, folder: Path, state: dict[str, Any]) -> None:
+        """Write masters, moments and method state by name, with `state` beside them, into the new folder `folder`."""
+        write_checkpoint(folder, self.content(state), self._mesh)
 
     def load(self, checkpoint: Checkpoint, *, with_optimizer: bool, with_methods: bool) -> None:
         """Take weights from a checkpoint of any mesh; moments and method state too where asked."""

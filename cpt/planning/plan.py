@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from cpt.checkpoint import Place, RunFolder
+from cpt.checkpoint import Place, RunFolder, keep
 from cpt.config import Fault, beside, build, name_of_choice
 from cpt.data.check import open_corpora
 from cpt.data.order import StageOrder
@@ -65,7 +65,24 @@ def _model_lines(run: Run, num_ranks: int) -> Iterator[str]:
     yield f"the run     {sum(map(run.num_steps, run.stages)):,} steps, {run.total_tokens:,} tokens"
     told = ", ".join(f"{part} {_size(num_bytes)}" for part, num_bytes in vars(state).items())
     yield f"memory      {_size(state.total)} a rank for the model's state ({told}); activations come on top"
-    yield f"disk        {_size(number * (12 + 4 * copies))} a checkpoint, {run.checkpoint.keep_last} are kept"
+    yield from _checkpoint_lines(run, num_ranks)
+
+
+def _checkpoint_lines(run: Run, num_ranks: int) -> Iterator[str]:
+    """What checkpoints take of the disk, and a copy of one of the hosts' memory."""
+    kept, num_bytes = run.checkpoint, run.num_bytes_of_checkpoint
+    if kept.in_background:
+        yield f"host        {_size(num_bytes / num_ranks)} a rank for the copy that is written in the background"
+    num_for_ever = run.total_tokens // kept.keep_every_tokens if kept.keep_every_tokens else 0
+    told = f"the last {kept.keep_last} are kept"
+    if num_for_ever:
+        told += f", and {num_for_ever} for ever"
+    if kept.temporary_every_minutes:
+        told += ", and one temporary"
+    num_at_once = kept.keep_last + num_for_ever + bool(kept.temporary_every_minutes) + 1
+    free = keep.free_bytes(RunFolder(run.output).checkpoints)
+    told += f"; up to {_size(num_at_once * num_bytes)} with the one being written, {_size(free)} are free"
+    yield f"disk        {_size(num_bytes)} a checkpoint, {told}"
 
 
 def _size(num_bytes: float) -> str:

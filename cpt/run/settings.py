@@ -10,6 +10,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
+from cpt.checkpoint import keep
+from cpt.checkpoint import settings as checkpoint_settings
 from cpt.config import Fault, build, chosen_from, name_of_choice
 from cpt.data import loader
 from cpt.data.replay import Replay
@@ -104,21 +106,6 @@ class Parent:
 
 
 @dataclass(frozen=True)
-class Checkpoints:
-    """Saved at the end of every stage and when asked to stop, and every `every_tokens`; the newest `keep_last` stay."""
-
-    every_tokens: int | None = None
-    keep_last: int = 2
-
-    def faults(self) -> list[str]:
-        """Counts below one."""
-        faults = [] if self.keep_last >= 1 else [f"keep_last = {self.keep_last}: at least 1"]
-        if self.every_tokens is not None and self.every_tokens < 1:
-            faults.append(f"every_tokens = {self.every_tokens}: at least 1; leave it out to save at stage ends only")
-        return faults
-
-
-@dataclass(frozen=True)
 class Log:
     """`every_steps`: which step lines are shown. `peak_tflops`: what MFU is measured against, None to find it."""
 
@@ -164,7 +151,7 @@ class Run:
     kernels: switch.Settings = field(default_factory=switch.Settings)
     methods: tuple[Any, ...] = field(default=(), metadata=chosen_from("cpt.methods"))
     evaluation: held_out.Settings = field(default_factory=held_out.Settings)
-    checkpoint: Checkpoints = field(default_factory=Checkpoints)
+    checkpoint: checkpoint_settings.Settings = field(default_factory=checkpoint_settings.Settings)
     loader: loader.Settings = field(default_factory=loader.Settings)
     log: Log = field(default_factory=Log)
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -227,6 +214,12 @@ class Run:
     def num_slots(self, stage: Stage, tokens_done: int = 0) -> int:
         """Windows of a whole stage of which `tokens_done` are behind us, perhaps in steps of another size."""
         return tokens_done // self.sequence_length + self.num_steps(stage, tokens_done) * self.batch.windows
+
+    @property
+    def num_bytes_of_checkpoint(self) -> int:
+        """On the disk, with all that the methods keep."""
+        num_copies = sum(build(method, "Method").num_copies for method in self.methods)
+        return keep.num_bytes_of_checkpoint(self.model.num_parameters, num_copies)
 
     @property
     def total_tokens(self) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpt.checkpoint import Checkpoint, RunFolder, find_checkpoint, step_folder, write_checkpoint
+from cpt.checkpoint import Checkpoint, Content, RunFolder, find_checkpoint, step_folder, write_checkpoint
 from cpt.checkpoint.write import checkpoint_folders, checksum
 from cpt.config import Fault
 from cpt.parallel.mesh import Mesh
@@ -23,7 +23,7 @@ FILES = ("checksums.json", "index.json", "pieces-00000.safetensors", "state.json
 def save(folder: Path, note: int = 0) -> Path:
     values = torch.arange(6.0) + note
     pieces = [Piece("weight", (2, 3), 0, 6, values, {})]
-    write_checkpoint(folder, pieces, {"master": [values]}, {"note": note}, ALONE)
+    write_checkpoint(folder, Content(pieces, {"master": [values]}, {"note": note}), ALONE)
     return folder
 
 

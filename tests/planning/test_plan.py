@@ -59,6 +59,21 @@ def test_a_checkpoint_holds_12_bytes_a_parameter_and_4_for_each_copy_of_a_method
     assert any(line.startswith("disk") and f"{size} a checkpoint" in line for line in lines)
 
 
+def test_what_checkpoints_take_of_disk_and_memory_is_told(config, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 3 * 2**20})())
+    words = ["checkpoint.keep_every_tokens=100", "checkpoint.temporary_every_minutes=5"]
+    told = {line.split()[0]: line for line in plan_lines(read_run([config, *words]), 2) if line}
+    assert told["host"] == "host        36.3 KiB a rank for the copy that is written in the background"
+    # 2 last ones, 3 multiples of 100 in 320 tokens, a temporary one and the one being written: 7 x 72.6 KiB
+    assert told["disk"].endswith(
+        "a checkpoint, the last 2 are kept, and 3 for ever, and one temporary; "
+        "up to 507.9 KiB with the one being written, 3.0 MiB are free"
+    )
+    assert "host" not in {
+        line.split()[0] for line in plan_lines(read_run([config, "checkpoint.in_background=false"]), 1) if line
+    }
+
+
 def test_tensor_ranks_share_the_parameters_and_leave_the_windows_to_data_ranks(config):
     lines = list(plan_lines(read_run([config, "mesh.tensor=2"]), num_ranks=4))
     text = "\n".join(lines)

@@ -184,7 +184,7 @@ def die_at(point: int):
             Path.write_text, lambda path, text, **named: write_text(path, text[: len(text) // 2], **named)
         )
         for owner, name in ((Path, "replace"), (Path, "mkdir"), (shutil, "rmtree"), (shutil, "copytree"),
-                            (os, "fsync"), (write, "save_file")):  # fmt: skip
+                            (os, "fsync"), (write.Part, "write")):  # fmt: skip
             setattr(owner, name, dying(getattr(owner, name)))
 
     return patch

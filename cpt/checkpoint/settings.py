@@ -1,0 +1,34 @@
+"""When a run saves, and what stays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Saved at the end of every stage and when asked to stop, and every `every_tokens`; the newest `keep_last` stay.
+
+    `keep_every_tokens`: saved, and kept for ever, at the first step at or past each multiple of it.
+    `temporary_every_minutes`: saved when so long after the last save; the newest one of these stays until another is
+    saved. `in_background`: training waits for a copy in host memory only, and a save that fails does not end the run.
+    """
+
+    every_tokens: int | None = None
+    keep_last: int = 2
+    keep_every_tokens: int | None = None
+    temporary_every_minutes: float | None = None
+    in_background: bool = True
+
+    def faults(self) -> list[str]:
+        """Counts below one, no time at all."""
+        faults = [] if self.keep_last >= 1 else [f"keep_last = {self.keep_last}: at least 1"]
+        if self.every_tokens is not None and self.every_tokens < 1:
+            faults.append(f"every_tokens = {self.every_tokens}: at least 1; leave it out to save at stage ends only")
+        if self.keep_every_tokens is not None and self.keep_every_tokens < 1:
+            faults.append(f"keep_every_tokens = {self.keep_every_tokens}: at least 1; leave it out to keep none")
+        if self.temporary_every_minutes is not None and self.temporary_every_minutes <= 0:
+            faults.append(
+                f"temporary_every_minutes = {self.temporary_every_minutes}: above 0; leave it out to save by tokens"
+            )
+        return faults

@@ -1,0 +1,142 @@
+"""When a run saves, and what becomes of a save that fails: the run goes on from it, unless it was the last one.
+
+after each step:   due by tokens, by the clock of the first rank, at a stage's end, or asked to stop?
+                   copy, and go on; or, for what must stand before the run ends, wait
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cpt.checkpoint import Content, Ended, Place, RunFolder, Saver, keep
+from cpt.checkpoint.settings import Settings
+from cpt.lineage.ledger import Ledger
+from cpt.parallel.mesh import Mesh
+from cpt.progress import Progress
+
+_log = logging.getLogger(__name__)
+
+
+class Saving:
+    """The saves of one run. `content(state)` gives what a checkpoint holds now, as views; every rank has its own.
+
+    Every method but `is_asked_by_clock` and `close` is collective.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        mesh: Mesh,
+        folder: RunFolder,
+        content: Callable[[dict[str, Any]], Content],
+        tokens_a_step: int,
+    ) -> None:
+        self._settings, self._mesh, self._folder, self._content = settings, mesh, folder, content
+        self._tokens_a_step = tokens_a_step
+        self._saver = Saver(mesh)
+        self._began = time.monotonic()  # of the last save, of any kind
+        self._num_failed = 0
+        self._num_told = 0
+
+    def close(self) -> None:
+        """Return when this rank writes no more."""
+        self._saver.close()
+
+    def warn_of_little_room(self, num_bytes: int) -> None:
+        """Warn if the disk cannot take what is to be kept and one checkpoint more, of `num_bytes` each."""
+        keep_last = self._settings.keep_last
+        if self._mesh.is_first and (short := keep.bytes_short(self._folder.checkpoints, num_bytes, keep_last)):
+            _log.warning(
+                "%s: the disk lacks %.1f GB for %d checkpoints of %.1f GB and one more while it is written; "
+                "saves will fail when it is full",
+                self._folder.checkpoints, short / 1e9, keep_last, num_bytes / 1e9,
+            )  # fmt: skip
+
+    def is_due(self, progress: Progress) -> bool:
+        """Whether the last step passed a multiple of `every_tokens` or `keep_every_tokens`."""
+        return progress.crosses(self._tokens_a_step, self._settings.every_tokens) or self._is_for_ever(progress)
+
+    def is_asked_by_clock(self) -> bool:
+        """Whether this rank's clock asks for a temporary checkpoint; the first rank's alone counts."""
+        minutes = self._settings.temporary_every_minutes
+        if minutes is None or not self._mesh.is_first or self._saver.is_pending:
+            return False
+        return time.monotonic() - self._began >= 60 * minutes
+
+    def poll(self) -> None:
+        """Learn whether the save that is on its way has ended; once a step."""
+        self._tell(self._saver.poll())
+
+    def wait(self) -> None:
+        """Return when no save is on its way."""
+        self._tell(self._saver.wait())
+
+    def news(self) -> dict[str, int]:
+        """For the next line of `metrics.jsonl`: how many saves have failed, if that has become more."""
+        if self._num_failed == self._num_told:
+            return {}
+        self._num_told = self._num_failed
+        return {"checkpoint_failed": self._num_failed}
+
+    def save(self, place: Place, ledger: Ledger, *, is_temporary: bool = False) -> None:
+        """Save at `place`: in the background if the settings say so, after the save before has ended.
+
+        Raises OSError on every rank if that fails and nothing was to be in the background.
+        """
+        if not self._settings.in_background:
+            if failure := self._save_now(place, ledger, is_temporary):
+                raise OSError(failure)
+            return
+        self.wait()
+        began = time.perf_counter()
+        if not self._tell(self._begin(place, ledger, is_temporary, in_background=True)):
+            seconds = time.perf_counter() - began
+            _log.info("copied step %d in %.2f s; writing it in the background", place.progress.step, seconds)
+
+    def save_last(self, place: Place, ledger: Ledger) -> None:
+        """Save at `place`, after which the run ends: return when the checkpoint stands.
+
+        What fails is tried once more. Raises OSError on every rank if that fails too.
+        """
+        if self._save_now(place, ledger) and (failure := self._save_now(place, ledger)):
+            raise OSError(failure)
+
+    def settle(self, place: Place, ledger: Ledger) -> None:
+        """What follows a save at `place`, on the first rank: `latest` and `ledger.json` speak of it, older ones go."""
+        target = self._folder.checkpoint_at(place.progress.step)
+        self._folder.keep_newest(target, self._settings.keep_last)
+        self._folder.write_json("ledger.json", ledger.as_json())
+
+    def _save_now(self, place: Place, ledger: Ledger, is_temporary: bool = False) -> str | None:
+        """Save while training waits; why it failed, if it did."""
+        self.wait()
+        ended = self._begin(place, ledger, is_temporary, in_background=False) or self._saver.wait()
+        return self._tell(ended)
+
+    def _begin(self, place: Place, ledger: Ledger, is_temporary: bool, in_background: bool) -> Ended | None:
+        self._began = time.monotonic()
+        mark = keep.TEMPORARY if is_temporary else keep.FOR_EVER if self._is_for_ever(place.progress) else None
+        content = self._content(keep.marked(place.as_json(ledger), mark))
+        target = self._folder.checkpoint_at(place.progress.step)
+        return self._saver.begin(target, content, lambda: self.settle(place, ledger), in_background=in_background)
+
+    def _is_for_ever(self, progress: Progress) -> bool:
+        return progress.crosses(self._tokens_a_step, self._settings.keep_every_tokens)
+
+    def _tell(self, ended: Ended | None) -> str | None:
+        """Tell how a save has ended; the failure, if it has failed."""
+        if ended is None:
+            return None
+        if ended.failure is None:
+            _log.info("saved %s in %.1f s", ended.folder, ended.seconds)
+            return None
+        self._num_failed += 1
+        stands = self._folder.checkpoints / "latest"
+        standing = f"{stands.read_text(encoding='utf-8').strip()} stands" if stands.is_file() else "none stands so far"
+        told = f"{ended.folder} could not be written: {ended.failure}; of the checkpoints before, {standing}"
+        if self._mesh.is_first:
+            _log.error("%s", told)
+        return told

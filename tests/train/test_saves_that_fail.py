@@ -1,0 +1,209 @@
+"""A save in the background neither holds up the run nor changes it; one that fails is told, and the run goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cpt_harness import runs
+
+from cpt.checkpoint import find_checkpoint
+
+STEPS, SAVED_EVERY = 24, 5
+
+
+@pytest.fixture
+def config(data, tmp_path) -> Path:
+    """Two stages that end at steps 12 and 24, with a method that has state; saved at 5, 10, 12, 15, 20 and 24."""
+    stages = [runs.stage(data, "prose", 12), runs.stage(data, "code", 12, replay={"share": 0.25})]
+    plain = runs.settings(
+        data, tmp_path / "run", stages, methods=[{"name": "reptile", "every": 7}],
+        checkpoint={"every_tokens": SAVED_EVERY * runs.TOKENS_A_STEP, "keep_last": 9},
+    )  # fmt: skip
+    return runs.write_settings(tmp_path / "run.yaml", plain)
+
+
+def failing(*steps: int, rank: int = 0, times: int = 9) -> Callable[[], None]:
+    """For `before`: the disk is full for the file of that rank in the saves after these steps, so many times."""
+
+    def patch() -> None:
+        from cpt.checkpoint import write
+
+        if int(os.environ.get("RANK", 0)) != rank:
+            return
+        really, left = write.Part.write, [times]
+
+        def write_or_not(part, aside):
+            if left[0] and int(aside.name.removesuffix(".aside").removeprefix(".step-")) in steps:
+                left[0] -= 1
+                raise OSError(errno.ENOSPC, "No space left on device", f"{aside}/pieces-{rank:05d}.safetensors")
+            really(part, aside)
+
+        write.Part.write = write_or_not
+
+    return patch
+
+
+def failures_in(run: Path) -> dict[int, int]:
+    """The number of failed saves by the step in whose record it is told."""
+    records = runs.lines(run / "metrics.jsonl")
+    return {r["step"]: r["checkpoint_failed"] for r in records if "checkpoint_failed" in r}
+
+
+def assert_same_but_for_failures(run: Path, unbroken: Path) -> None:
+    found, expected = runs.story(run), runs.story(unbroken)
+    for record in found["metrics"]:
+        record.pop("checkpoint_failed", None)
+    runs.assert_same_story({**found, "checkpoints": []}, {**expected, "checkpoints": []})
+
+
+@pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 0), (2, 1)])
+def test_saves_that_fail_in_mid_run_are_told_and_the_run_ends_as_if_they_had_not(config, tmp_path, ranks, rank):
+    run = tmp_path / "run"
+    told = runs.trained(config, before=failing(10, 15, rank=rank), ranks=ranks)
+    assert sorted(failures_in(run).values()) == [1, 2] and min(failures_in(run)) > 10
+    lines = [line for line in told.splitlines() if "could not be written" in line]
+    assert len(lines) == 2
+    file = f"{run}/checkpoints/.step-00000010.aside/pieces-0000{rank}.safetensors"
+    assert f"rank {rank}: {file}: No space left on device" in lines[0]
+    assert lines[0].endswith("of the checkpoints before, step-00000005 stands") and " E " in lines[0]
+    assert lines[1].endswith("of the checkpoints before, step-00000012 stands")
+    there = [f"step-{step:08d}" for step in (5, 12, 20, 24)]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", *there]
+    runs.trained(config, f"output={tmp_path / 'unbroken'}", ranks=ranks)
+    assert_same_but_for_failures(run, tmp_path / "unbroken")
+
+
+def test_after_a_failed_save_the_run_can_be_taken_up_from_the_checkpoint_before(config, tmp_path):
+    run = tmp_path / "run"
+
+    def fail_and_die() -> None:
+        failing(10)()
+        from cpt.observe.journal import Journal
+
+        tell = Journal.step
+
+        def tell_and_die(journal, record, num_tokens):
+            tell(journal, record, num_tokens)
+            if "checkpoint_failed" in record:
+                os._exit(9)
+
+        Journal.step = tell_and_die
+
+    with pytest.raises(AssertionError, match=r"ended with \[9\]"):
+        runs.cpt("train", config, before=fail_and_die)
+    assert find_checkpoint(run / "checkpoints").state["progress"]["step"] == 5
+    assert "going on from" in runs.trained(config)
+    runs.trained(config, f"output={tmp_path / 'unbroken'}")
+    assert_same_but_for_failures(run, tmp_path / "unbroken")
+
+
+def test_the_last_save_is_tried_once_more(config, tmp_path):
+    told = runs.trained(config, before=failing(24, times=1))
+    assert "step-00000024 could not be written" in told and "step-00000020 stands" in told
+    assert (tmp_path / "run" / "finished.json").is_file()
+    assert find_checkpoint(tmp_path / "run" / "checkpoints").state["progress"]["step"] == 24
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_last_save_that_fails_twice_ends_the_run_on_all_ranks_with_a_line_and_it_can_go_on(config, tmp_path, stopped):
+    run, last = tmp_path / "run", 18 if stopped else 24
+
+    def before() -> None:
+        failing(last, rank=1)()
+        if stopped:
+            runs.ask_to_stop_at(last - 1)()
+
+    ended = runs.cpt("train", config, ranks=2, before=before, seconds=40)
+    assert [status for status, _ in ended] == [1, 1]
+    for _, told in ended:
+        assert f"step-{last:08d} could not be written: rank 1: " in told.splitlines()[-1] and "Traceback" not in told
+    assert not (run / "finished.json").exists()
+    assert f"going on from {run}/checkpoints/step-000000{15 if stopped else 20}" in runs.trained(config, ranks=2)
+
+
+def test_in_the_foreground_the_first_failure_ends_the_run(config, tmp_path):
+    ended = runs.cpt("train", config, "checkpoint.in_background=false", ranks=2, before=failing(10, rank=1), seconds=40)
+    assert [status for status, _ in ended] == [1, 1]
+    assert all("step-00000010 could not be written: rank 1" in told.splitlines()[-1] for _, told in ended)
+    assert all("Traceback" not in told for _, told in ended)
+    there = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert there == ["latest", "step-00000005"]
+
+
+def test_too_little_room_is_told_at_the_start_and_a_save_without_room_fails(config, tmp_path):
+    run = tmp_path / "run"
+
+    def fill_disk() -> None:
+        import shutil
+
+        shutil.disk_usage = lambda _: type("Usage", (), {"free": 1000})()
+
+    ((status, told),) = runs.cpt("train", config, before=fill_disk)
+    assert status == 1 and "the disk lacks" in told and "saves will fail when it is full" in told
+    assert "1,000 are free on this disk; nothing was written" in told and "none stands so far" in told
+    assert list((run / "checkpoints").iterdir()) == []
+    assert failures_in(run) == {6: 1, 11: 2, 13: 3, 16: 4, 21: 5}
+    told = runs.trained(config)
+    assert "was begun but never saved; beginning again" in told and "the disk lacks" not in told
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_steps_go_on_while_a_checkpoint_is_written_and_it_holds_what_was_there_when_it_was_due(config, tmp_path, ranks):
+    run, waited = tmp_path / "run", tmp_path / "waited"
+
+    def hold_until_step_9() -> None:
+        from cpt.checkpoint import write
+        from cpt.observe.journal import Journal
+
+        hold, really, tell = threading.Event(), write.Part.write, Journal.step
+
+        def write_late(part, aside):
+            assert hold.wait(30)
+            really(part, aside)
+
+        def tell_and_release(journal, record, num_tokens):
+            tell(journal, record, num_tokens)
+            if record["step"] == 9:
+                assert not (run / "checkpoints" / "step-00000005").exists()
+                hold.set()
+
+        write.Part.write, Journal.step = write_late, tell_and_release
+
+    told = runs.trained(config, before=hold_until_step_9, ranks=ranks)
+    assert "copied step 5 in" in told
+    runs.trained(config, f"output={waited}", "checkpoint.in_background=false", ranks=ranks)
+    for step in (5, 10, 12, 15, 20, 24):
+        ours, theirs = (find_checkpoint(folder / "checkpoints", step) for folder in (run, waited))
+        assert ours.state == theirs.state and ours.kinds == theirs.kinds
+        for name in [path.name for path in ours.folder.iterdir()]:
+            assert (ours.folder / name).read_bytes() == (theirs.folder / name).read_bytes(), (step, name)
+    runs.assert_same_story(runs.story(run), runs.story(waited))
+
+
+def test_a_loss_that_is_not_finite_names_the_checkpoint_that_was_still_being_written(config, tmp_path):
+    def spoil() -> None:
+        import time
+
+        from cpt.checkpoint import write
+        from cpt.engine import Engine
+
+        really, step = write.Part.write, Engine.step
+
+        def write_slowly(part, aside):
+            time.sleep(0.5)
+            really(part, aside)
+
+        def spoiled(engine, tokens, sources, num_sources, rate, progress, *others):
+            if progress.step == 6:
+                engine.masters.pieces[0].values.fill_(float("nan"))
+            return step(engine, tokens, sources, num_sources, rate, progress, *others)
+
+        write.Part.write, Engine.step = write_slowly, spoiled
+
+    ((status, told),) = runs.cpt("train", config, before=spoil)
+    assert status == 1 and "The checkpoint at step 5 is whole; go on from it" in told.splitlines()[-1]
