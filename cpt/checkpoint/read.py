@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -12,7 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cpt.checkpoint.write import READABLE_VERSIONS, checkpoint_folders, checksum, step_folder
+from cpt.checkpoint.damage import STATE, damaged_files, missing_files, read_checksums, read_index, read_json
+from cpt.checkpoint.write import checkpoint_folders, step_folder
 from cpt.config import Fault
 
 _log = logging.getLogger(__name__)
@@ -28,22 +28,11 @@ class Checkpoint:
 
     def __init__(self, folder: Path, check: bool = True) -> None:
         self.folder = folder
-        sums = _read_json(folder / "checksums.json")
-        for name, expected in sums.items():
-            path = folder / name
-            if not path.is_file():
-                raise Fault(f"{path} is missing: the checkpoint is damaged")
-            if check and checksum(path) != expected:
-                raise Fault(f"{path} has changed since it was written: the checkpoint is damaged")
-        index = _read_json(folder / "index.json")
-        if index.get("format_version") not in READABLE_VERSIONS:
-            readable = " and ".join(map(str, READABLE_VERSIONS))
-            raise Fault(f"{folder}: format {index.get('format_version')}, this version of cpt reads {readable}")
-        self.state: dict[str, Any] = _read_json(folder / "state.json")
-        self._tensors: dict[str, dict[str, Any]] = index["tensors"]
-        pieces = {piece[2] for of_kind in self._tensors.values() for t in of_kind.values() for piece in t["pieces"]}
-        for name in sorted(pieces - set(sums)):
-            raise Fault(f"{folder / 'checksums.json'} does not name {name}: the checkpoint is damaged")
+        sums = read_checksums(folder)
+        for line in damaged_files(folder, sums) if check else missing_files(folder, sums):
+            raise Fault(line)
+        self._tensors = read_index(folder, sums)
+        self.state: dict[str, Any] = read_json(folder / STATE)
         self._open: dict[str, Any] = {}
 
     @property
@@ -170,15 +159,3 @@ def find_checkpoint(checkpoints: Path, at: str | int = "latest", check: bool = T
     if damage:
         raise Fault([f"{checkpoints}: no checkpoint is whole", *damage])
     return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise Fault(f"{path} is missing: this is no checkpoint, or a damaged one") from None
-    except (OSError, ValueError) as error:
-        raise Fault(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise Fault(f"{path} holds a {type(content).__name__}, expected names and values: the checkpoint is damaged")
-    return content

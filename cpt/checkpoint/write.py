@@ -188,12 +188,13 @@ def set_latest(checkpoints: Path, folder: Path) -> None:
     aside.replace(checkpoints / "latest")
 
 
-def checksum(path: Path) -> str:
-    """XXH3-128 of a file's bytes, in hex; reads in pieces of 4 MiB."""
+def checksum(path: Path, advance: Callable[[int], object] = lambda num_bytes: None) -> str:
+    """XXH3-128 of a file's bytes, in hex; reads in pieces of 4 MiB, and tells `advance` the length of each."""
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(1 << 22))
     with path.open("rb", buffering=0) as file:
         while num_read := file.readinto(buffer):
             digest.update(buffer[:num_read])
+            advance(num_read)
     return digest.hexdigest()
 
 

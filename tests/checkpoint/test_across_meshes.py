@@ -14,6 +14,7 @@ from cpt_harness.equality import Case, case
 from cpt_harness.ranks import on_ranks
 
 from cpt.checkpoint import Checkpoint
+from cpt.checkpoint.damage import damage_of
 from cpt.config import Fault, build
 from cpt.methods import reptile
 from cpt.models import pythia
@@ -143,6 +144,7 @@ def test_every_element_is_written_once_and_can_be_read_in_any_part(saved):
     for one, kinds in held.items():
         checkpoint = Checkpoint(folder / folder_of(one))
         assert checkpoint.shapes == MODELS[one.model].shapes
+        assert damage_of(checkpoint.folder) == []
         index = json.loads((checkpoint.folder / "index.json").read_text())["tensors"]
         for kind in KINDS:
             for name, whole in kinds[kind].items():

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from cpt_harness.ranks import on_ranks
 
 from cpt.checkpoint import Checkpoint, Content, RunFolder, find_checkpoint, step_folder, write_checkpoint
+from cpt.checkpoint.damage import damage_of
 from cpt.checkpoint.write import checkpoint_folders, checksum
 from cpt.config import Fault
 from cpt.parallel.mesh import Mesh
@@ -45,6 +48,21 @@ HARMS = [flip, truncate, empty, Path.unlink]
 
 
 @pytest.fixture
+def two_ranks(tmp_path) -> Path:
+    """Checkpoints of steps 1 and 2, each of two ranks."""
+
+    def work(mesh):
+        values = torch.arange(3.0) + mesh.rank
+        pieces = [Piece("weight", (2, 3), 3 * mesh.rank, 3 * mesh.rank + 3, values, {})]
+        for step in (1, 2):
+            content = Content(pieces, {"master": [values], "exp_avg": [values]}, {"note": step})
+            write_checkpoint(step_folder(tmp_path / "two", step), content, mesh)
+
+    on_ranks(2, work)
+    return tmp_path / "two"
+
+
+@pytest.fixture
 def three(tmp_path) -> Path:
     """Checkpoints of steps 1, 2 and 10."""
     for step in (1, 2, 10):
@@ -62,15 +80,66 @@ def test_harm_to_any_file_is_found_and_the_file_is_named(tmp_path, name, harm):
     assert str(folder / name) in str(found.value)
 
 
-@pytest.mark.parametrize("position", range(0, 440, 7))
-def test_one_other_bit_anywhere_in_the_pieces_is_found(tmp_path, position):
-    folder = save(tmp_path / "step-00000001")
-    path = folder / "pieces-00000.safetensors"
-    content = bytearray(path.read_bytes())
-    content[position % len(content)] ^= 1 << position % 8
-    path.write_bytes(content)
-    with pytest.raises(Fault, match="has changed since it was written"):
-        Checkpoint(folder)
+def harms_of(content: bytes) -> Iterator[bytes | None]:
+    """Every other content that one byte makes, in two ways; every shorter one; and no file at all."""
+    for place, byte in enumerate(content):
+        for other in (byte ^ 1 << place % 8, byte ^ 0xFF, *([0x20] if byte == 0x0A else [])):
+            yield content[:place] + bytes([other]) + content[place + 1 :]
+    yield from (content[:length] for length in range(len(content)))
+    yield None
+
+
+def test_every_byte_that_is_another_and_every_length_of_every_file_is_found_named_and_the_one_before_used(
+    two_ranks, record_property
+):
+    """The files are small, so this goes through all of them; a line's end that becomes a space is in it."""
+    newest, num_cases, num_expected = step_folder(two_ranks, 2), 0, 0
+    for path in sorted(newest.iterdir()):
+        content = path.read_bytes()
+        for harmed in harms_of(content):
+            path.unlink() if harmed is None else path.write_bytes(harmed)
+            with pytest.raises(Fault) as found:
+                Checkpoint(newest)
+            assert path.name in str(found.value), (path.name, num_cases)
+            num_cases += 1
+            if num_cases % 97 == 0:
+                assert find_checkpoint(two_ranks).state["note"] == 1
+                assert any(path.name in line for line in damage_of(newest))
+        num_expected += 3 * len(content) + content.count(b"\n") + 1
+        path.write_bytes(content)
+    assert Checkpoint(newest).state["note"] == 2 and damage_of(newest) == []
+    assert num_cases == num_expected > 3000
+    record_property("cases", num_cases)
+    print(f"{num_cases} cases of damage, all found and named")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda tensors: tensors["master"]["weight"]["pieces"].pop(), "master of weight: its pieces do not hold every"),
+        (lambda tensors: tensors["master"]["weight"]["pieces"].append([0, 6, "pieces-00000.safetensors", "x"]),
+         "master of weight: its pieces do not hold every element exactly once"),
+        (lambda tensors: tensors["master"]["weight"]["pieces"][0].append([0, 2]), "its pieces do not hold every"),
+        (lambda tensors: tensors.update(exp_avg={}), "exp_avg of weight is missing"),
+        (lambda tensors: tensors["master"].clear(), "there are no weights"),
+        (lambda tensors: tensors["exp_avg"].update(bias=tensors["master"]["weight"]),
+         "exp_avg of bias is there, and no weights of that name"),
+        (lambda tensors: tensors["exp_avg"]["weight"].update(shape=[3, 2]), "exp_avg of weight is [3, 2], its weights"),
+        (lambda tensors: tensors["master"]["weight"]["pieces"][0].__setitem__(3, "other"),
+         "pieces-00000.safetensors: other has no elements, the index says 6"),
+        (lambda tensors: [kind["weight"].update(shape=[2, 6]) for kind in tensors.values()] and
+         tensors["master"]["weight"]["pieces"][0].__setitem__(1, 12), "master|weight|0 has 6 elements, the index says"),
+    ],
+)  # fmt: skip
+def test_an_index_that_contradicts_itself_or_the_pieces_is_told_though_its_checksum_is_right(tmp_path, change, told):
+    folder = tmp_path / "step-00000001"
+    values = torch.arange(6.0)
+    content = Content([Piece("weight", (2, 3), 0, 6, values, {})], {"master": [values], "exp_avg": [values]}, {})
+    write_checkpoint(folder, content, ALONE)
+    index = json.loads((folder / "index.json").read_text())
+    change(index["tensors"])
+    (folder / "index.json").write_text(json.dumps(index))
+    assert any(told in line for line in damage_of(with_new_sums(folder))), damage_of(folder)
 
 
 @pytest.mark.parametrize("harm", HARMS)
@@ -138,7 +207,7 @@ def test_another_format_is_told(tmp_path):
 
 def with_new_sums(folder: Path) -> Path:
     sums = {path.name: checksum(path) for path in folder.iterdir() if path.name != "checksums.json"}
-    (folder / "checksums.json").write_text(json.dumps(sums))
+    (folder / "checksums.json").write_text(json.dumps(sums, indent=1))
     return folder
 
 
@@ -155,6 +224,6 @@ def test_a_file_that_the_checksums_leave_out_is_told(tmp_path):
     folder = save(tmp_path / "step-00000001")
     sums = json.loads((folder / "checksums.json").read_text())
     del sums["pieces-00000.safetensors"]
-    (folder / "checksums.json").write_text(json.dumps(sums))
+    (folder / "checksums.json").write_text(json.dumps(sums, indent=1))
     with pytest.raises(Fault, match="checksums.json does not name pieces-00000.safetensors"):
         Checkpoint(folder)

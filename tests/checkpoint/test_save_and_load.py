@@ -11,6 +11,7 @@ from cpt_harness import tiny
 from cpt_harness.ranks import on_ranks
 
 from cpt.checkpoint import Checkpoint, Content, save, write, write_checkpoint
+from cpt.checkpoint.damage import damage_of
 from cpt.config import Fault
 from cpt.methods import reptile
 from cpt.parallel.weights import MOMENTS
@@ -138,6 +139,7 @@ def test_the_files_are_safetensors_and_json_and_hold_no_rank_but_in_their_names(
         assert sorted(p.name for p in place.iterdir()) == ["checksums.json", "index.json", *pieces, "state.json"]
         assert sorted(json.loads((place / "checksums.json").read_text())) == ["index.json", *pieces, "state.json"]
         checkpoint = Checkpoint(place)
+        assert damage_of(place) == []
         assert checkpoint.kinds == sorted(KINDS)
         assert checkpoint.shapes == {name: tuple(value.shape) for name, value in held[(zero, ranks)]["master"].items()}
         for name, values in checkpoint.weights().items():

@@ -91,11 +91,22 @@ def test_the_same_command_goes_on_from_the_last_checkpoint_afterwards(config, tm
     assert [record["step"] for record in runs.lines(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 10))
 
 
-@pytest.mark.parametrize("name", ["state.json", "pieces-00000.safetensors", "checksums.json"])
-def test_a_damaged_newest_checkpoint_is_told_and_the_run_ends_the_same_from_the_one_before(data, base, tmp_path, name):
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) * 2 // 3] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("harm", [flip, truncate, Path.unlink])
+@pytest.mark.parametrize("name", ["state.json", "index.json", "pieces-00000.safetensors", "checksums.json"])
+def test_a_damaged_newest_checkpoint_is_told_and_the_run_ends_the_same_from_the_one_before(base, tmp_path, name, harm):
     run = runs.copy(base, tmp_path / "run")
     (run / "finished.json").unlink()
-    (run / "checkpoints" / "step-00000020" / name).write_bytes(b"\0")
+    harm(run / "checkpoints" / "step-00000020" / name)
     told = runs.trained(run / "run.yaml", f"output={run}")
     assert f"step-00000020/{name}" in told and f"going on from {run}/checkpoints/step-00000015" in told
     runs.assert_same_story(runs.story(run), runs.story(base))
