@@ -21,6 +21,7 @@ from cpt.evaluation import held_out, start_gate
 from cpt.models.growth import Growth
 from cpt.models.layers.cutting import faults_of_cut
 from cpt.models.layers.parting import blocks_of_parts, faults_of_parts, ranges_of
+from cpt.models.layers.sharing import faults_of_sharing
 from cpt.parallel import mesh
 from cpt_kernels import switch
 
@@ -265,6 +266,8 @@ class Run:
         pipeline, faults = self.mesh.pipeline, []
         if self.model is not None and self.mesh.tensor >= 1:
             faults += faults_of_cut(self.model, self.mesh.tensor)
+        if self.model is not None and min(self.mesh.tensor, self.mesh.sequence) >= 1:
+            faults += faults_of_sharing(self.model, self.sequence_length, self.mesh.sequence, self.mesh.tensor)
         if self.model is not None and pipeline >= 1:
             faults += faults_of_parts(self.model.layers, pipeline, self.mesh.blocks_of_parts)
         if pipeline > 1 and self.zero > 1:

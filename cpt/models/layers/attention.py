@@ -23,10 +23,10 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_width = head_width
-        self.kernels = kernels
         self.query = nn.Linear(width, heads * head_width, bias=biases != "none")
         self.key = nn.Linear(width, kv_heads * head_width, bias=biases != "none")
         self.value = nn.Linear(width, kv_heads * head_width, bias=biases != "none")
+        self.mix = Mix(kernels)
         self.output = nn.Linear(heads * head_width, width, bias=biases == "all")
 
     def forward(self, hidden: Tensor, angles: Tensor, documents: Documents | None = None) -> Tensor:
@@ -37,5 +37,22 @@ class Attention(nn.Module):
         queries = self.query(hidden).unflatten(-1, (-1, self.head_width))  # [B, S, H, K]
         keys = self.key(hidden).unflatten(-1, (-1, self.head_width))  # [B, S, G, K]
         values = self.value(hidden).unflatten(-1, (-1, self.head_width))  # [B, S, G, K]
+        return self.output(self.mix(queries, keys, values, angles, documents).flatten(-2))
+
+
+class Mix(nn.Module):
+    """What happens between positions and nowhere else: queries and keys are turned, and each position looks at others.
+
+    A layer of its own, without parameters, so that it can be exchanged where ranks share the positions of a window.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        super().__init__()
+        self.kernels = kernels
+
+    def forward(
+        self, queries: Tensor, keys: Tensor, values: Tensor, angles: Tensor, documents: Documents | None = None
+    ) -> Tensor:
+        """queries [B, S, H, K], keys and values [B, S, G, K] -> [B, S, H, K]; the rest as in `Attention`."""
         queries, keys = self.kernels.rotary(queries, keys, angles)
-        return self.output(self.kernels.attention(queries, keys, values, documents).flatten(-2))
+        return self.kernels.attention(queries, keys, values, documents)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cpt.models.layers.cuts import Cut, cut_of
 from cpt.models.layers.head import Head
 from cpt.models.layers.parting import keep_part
+from cpt.models.layers.sharing import share_positions
 from cpt.parallel.mesh import Group, Mesh, divisors, one_of
 from cpt.parallel.parts import Part
 from cpt.parallel.tensor import ColumnLinear, RowLinear, copied
@@ -74,6 +75,8 @@ def built_part(make: Callable[[], nn.Module], cuts: Mapping[str, Cut], mesh: Mes
         model = make()
         if mesh.tensor.size > 1:
             model = cut(model, cuts, mesh.tensor)
+        if mesh.sequence.size > 1:
+            model = share_positions(model, mesh.sequence)
         if mesh.pipeline.size > 1:
             model = keep_part(model, blocks, mesh.pipeline)
     model.materialise(torch.device("cpu"))

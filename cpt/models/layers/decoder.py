@@ -26,6 +26,8 @@ class Decoder(nn.Module):
     def __init__(self, settings: Any, kernels: Kernels, make_block: Callable[[], nn.Module], norm: nn.Module) -> None:
         super().__init__()
         self.settings = settings
+        # Of the window's positions those that are computed here: all, until `sharing` exchanges it.
+        self.positions_here = nn.Identity()
         self.embedding = nn.Embedding(settings.vocabulary, settings.width)
         # By number and not a list: a part of the model has some of them only, under their own numbers.
         self.blocks = nn.ModuleDict({str(index): make_block() for index in range(settings.layers)})
@@ -46,7 +48,9 @@ class Decoder(nn.Module):
         is IGNORED (see cpt_kernels.cross_entropy) has loss 0. With `documents` of the same tokens each document is
         treated as if it stood alone: attention does not leave it, and its first position is 0.
         A model that was cut between its layers (see `parting`) begins at `hidden` [B, S, D], which the part before has
-        made of the same tokens, and ends with hidden states too unless it is the last part.
+        made of the same tokens, and ends with hidden states too unless it is the last part. One whose ranks share the
+        positions of a window (see `sharing`) is given all of tokens, targets and documents, and returns what is of its
+        own positions.
         Raises ValueError for sequences longer than the settings allow.
         """
         settings, num_positions = self.settings, tokens.shape[1]
@@ -61,10 +65,12 @@ class Decoder(nn.Module):
         if documents is not None:
             angles = angles[:, documents.positions]  # [2, B, S, K/2]
         if hidden is None:
-            hidden = self.embedding(tokens)  # [B, S, D]
+            hidden = self.embedding(self.positions_here(tokens))  # [B, S, D]
         for block in self.blocks.values():
             hidden = block(hidden, angles, documents)
-        return hidden if self.head is None else self.head(self.norm(hidden), targets)
+        if self.head is None:
+            return hidden
+        return self.head(self.norm(hidden), None if targets is None else self.positions_here(targets))
 
     def materialise(self, device: torch.device) -> None:
         """Memory on `device` for a model that was built under `torch.device("meta")`, with values that mean nothing."""

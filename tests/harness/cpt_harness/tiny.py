@@ -15,6 +15,7 @@ from cpt.methods import Seams
 from cpt.models import llama
 from cpt.models.layers.cutting import cut
 from cpt.models.layers.parting import blocks_of_parts, keep_part
+from cpt.models.layers.sharing import share_positions
 from cpt.parallel.mesh import Mesh
 from cpt.parallel.weights import Piece
 from cpt.progress import Progress
@@ -78,6 +79,8 @@ def start_engine(
     made, settings = model(), Optimizer(**optimizer)
     if mesh.tensor.size > 1:
         made = cut(made, beside(made.settings, "CUTS"), mesh.tensor)
+    if mesh.sequence.size > 1:
+        made = share_positions(made, mesh.sequence)
     if mesh.pipeline.size > 1:
         parts = blocks_of_parts(made.settings, LENGTH, mesh.pipeline.size)
         made = keep_part(made, parts[mesh.pipeline.rank], mesh.pipeline)
