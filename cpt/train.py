@@ -31,6 +31,8 @@ from cpt.engine import Engine, StepResult
 from cpt.evaluation.held_out import HeldOut
 from cpt.evaluation.start_gate import StartGate
 from cpt.lineage import chain, tree
+from cpt.models.layers.blocks import prepare_blocks
+from cpt.models.layers.compiled import refuse_broken
 from cpt.models.layers.cutting import built_part
 from cpt.observe.journal import Journal
 from cpt.observe.logs import log_to_file
@@ -69,10 +71,13 @@ def train(run: Run, mesh: Mesh) -> Outcome:
     corpora = open_corpora(corpora_of(run), run.model.vocabulary, run.tokenizer, run.is_within_documents)
     held_out = held_out_of(run)
     refuse_bad_stages(run, place)
+    refuse_broken(run.compile, mesh.device)
     kernels = switch.choose(run.kernels, mesh.device)
     cuts = beside(run.model, "CUTS")
     blocks = run.blocks_of_parts[mesh.pipeline.rank]
     model = built_part(lambda: build(run.model_before, "Model", kernels), cuts, mesh, blocks)
+    is_gathered, is_within_documents = run.zero == 3, run.is_within_documents
+    compiled = prepare_blocks(model, run.recompute, run.compile, is_gathered, is_within_documents)
     engine = Engine(
         model,
         run.engine,
@@ -95,7 +100,7 @@ def train(run: Run, mesh: Mesh) -> Outcome:
     # No earlier: a parent that does not fit leaves nothing behind.
     with folder.taken(mesh), listening_for_stop() as stop:
         _prepare_folder(run, folder, mesh, parent, corpora)
-        _tell_what_was_built(run, mesh, model, kernels, peak.origin)
+        _tell_what_was_built(run, mesh, model, kernels, compiled, peak.origin)
         journal = Journal(
             folder.path,
             mesh.is_first,
@@ -339,7 +344,7 @@ def _prepare_folder(run: Run, folder: RunFolder, mesh: Mesh, parent: tree.Parent
     log_to_file(folder.path, mesh.rank)
 
 
-def _tell_what_was_built(run: Run, mesh: Mesh, model: Any, kernels: switch.Kernels, peak: str) -> None:
+def _tell_what_was_built(run: Run, mesh: Mesh, model: Any, kernels: switch.Kernels, compiled: str, peak: str) -> None:
     accumulation = run.batch.windows_a_rank(mesh.data_size) // run.batch.micro_batch_on(mesh.data_size)
     _log.info(
         "%d parameters, %s, ZeRO %d on %d rank(s) of %s, %s; a step is %d windows of %d tokens, "
@@ -354,4 +359,7 @@ def _tell_what_was_built(run: Run, mesh: Mesh, model: Any, kernels: switch.Kerne
     if mesh.tensor.size > 1:
         told = {**told, "cross_entropy": "vocabulary-parallel (always, with mesh.tensor)"}
     _log.info("kernels: %s", "; ".join(f"{operation}: {twin}" for operation, twin in told.items()))
+    if run.recompute.mode != "none" or run.compile.blocks:
+        blocks = "all blocks" if run.recompute.blocks is None else f"the first {run.recompute.blocks} block(s)"
+        _log.info("computed again in the backward pass: %s in %s; compiled: %s", run.recompute.mode, blocks, compiled)
     _log.info("MFU is told against %s, causal FLOP count", peak)

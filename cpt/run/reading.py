@@ -47,6 +47,8 @@ def read_run(words: Sequence[str]) -> Run:
 FREE_TO_CHANGE = (
     "output",
     "zero",
+    "recompute",
+    "compile",
     "mesh",
     "kernels",
     "evaluation",

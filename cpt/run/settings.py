@@ -19,6 +19,7 @@ from cpt.data.streams import Source
 from cpt.engine import settings as engine_settings
 from cpt.evaluation import held_out, start_gate
 from cpt.models.growth import Growth
+from cpt.models.layers import compiled, recompute
 from cpt.models.layers.cutting import faults_of_cut
 from cpt.models.layers.parting import blocks_of_parts, faults_of_parts, ranges_of
 from cpt.models.layers.sharing import faults_of_sharing
@@ -148,6 +149,8 @@ class Run:
     precision: Literal["bf16", "fp32"] = "bf16"
     optimizer: engine_settings.Optimizer = field(default_factory=engine_settings.Optimizer)
     zero: Literal[0, 1, 2, 3] = 1
+    recompute: recompute.Settings = field(default_factory=recompute.Settings)
+    compile: compiled.Settings = field(default_factory=compiled.Settings)
     mesh: mesh.Settings = field(default_factory=mesh.Settings)
     kernels: switch.Settings = field(default_factory=switch.Settings)
     methods: tuple[Any, ...] = field(default=(), metadata=chosen_from("cpt.methods"))
@@ -251,6 +254,8 @@ class Run:
             )
         faults.extend(self._faults_of_hold_outs())
         faults.extend(self._faults_of_mesh())
+        if self.model is not None:
+            faults.extend(self.recompute.faults_of(self.model.layers))
         if self.model is None:
             faults.append(
                 "model is not set; name one, such as {name: llama, vocabulary: 32000}, or a parent to take it from"

@@ -1,4 +1,4 @@
-"""Training with windows shared over ranks is that of one process: losses, norms, clipping and weights after ten steps."""
+"""Training with windows shared over ranks is that of one process: losses, norms, clipping, weights after ten steps."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def test_documents_that_cross_from_rank_to_rank_are_attended_to_as_in_one_proces
 
 
 def test_bf16_stays_near_fp32_and_masters_are_those_of_every_stage():
-    for one, of_ranks in train_all([case("llama", 2, zero, sequence=2) for zero in (1, 2, 3)], precision="bf16").items():
+    cases = [case("llama", 2, zero, sequence=2) for zero in (1, 2, 3)]
+    for one, of_ranks in train_all(cases, precision="bf16").items():
         mine, reference = joined(of_ranks), alone(one.model)
         assert mine["loss"] == pytest.approx(reference["loss"], abs=0.02)
         assert mine["norm"] == pytest.approx(reference["norm"], rel=0.05)

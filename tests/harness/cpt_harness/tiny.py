@@ -13,6 +13,8 @@ from cpt.engine import Engine, StepResult
 from cpt.engine.settings import Batch, Optimizer, Settings
 from cpt.methods import Seams
 from cpt.models import llama
+from cpt.models.layers import compiled, recompute
+from cpt.models.layers.blocks import prepare_blocks
 from cpt.models.layers.cutting import cut
 from cpt.models.layers.parting import blocks_of_parts, keep_part
 from cpt.models.layers.sharing import share_positions
@@ -73,6 +75,9 @@ def start_engine(
     model: Callable[[], nn.Module] = build_llama,
     fill: bool = True,
     deepspeed: dict[str, Any] | None = None,
+    recomputing: recompute.Settings | None = None,
+    compiling: compiled.Settings | None = None,
+    is_within_documents: bool = False,
     **optimizer: float,
 ) -> Engine:
     """An engine around a new model, or this rank's part of it, with the model's initial values of SEED."""
@@ -84,6 +89,9 @@ def start_engine(
     if mesh.pipeline.size > 1:
         parts = blocks_of_parts(made.settings, LENGTH, mesh.pipeline.size)
         made = keep_part(made, parts[mesh.pipeline.rank], mesh.pipeline)
+    if recomputing or compiling:
+        recomputing, compiling = recomputing or recompute.Settings(), compiling or compiled.Settings()
+        prepare_blocks(made, recomputing, compiling, zero == 3, is_within_documents)
     engine = Engine(
         made,
         Settings(precision, zero, Batch(windows, micro_batch), settings, deepspeed or {}),
