@@ -1,0 +1,54 @@
+"""The whole matrix: every model on every mesh at every ZeRO stage is the model of one process.
+
+`pytest -m long -s tests/engine/test_every_mesh.py` prints the table of docs/MESH.md.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cpt_harness.equality import alone, assert_near, case, joined, train_all
+
+pytestmark = pytest.mark.long
+
+MODELS = ("llama", "llama, tied, all biases", "pythia", "pythia, tied, sequential")
+# Ranks and axes; data takes what remains. ZeRO 2 and 3 do not go with a pipeline.
+MESHES = [
+    (2, {"tensor": 2}),
+    (2, {"pipeline": 2}),
+    (2, {"sequence": 2}),
+    (4, {"tensor": 2}),
+    (4, {"pipeline": 2}),
+    (4, {"sequence": 2}),
+    (4, {"pipeline": 2, "tensor": 2}),
+    (4, {"sequence": 2, "tensor": 2}),
+    (4, {"pipeline": 2, "sequence": 2}),
+    (4, {"tensor": 4}),
+    (4, {"sequence": 4}),
+    (3, {"pipeline": 3}),
+    (8, {"pipeline": 2, "sequence": 2, "tensor": 2}),
+]
+
+
+def differences(found: dict, expected: dict) -> list[float]:
+    """The largest of losses, of norms and of weights."""
+    masters = [(found["masters"][name] - values).abs().max().item() for name, values in expected["masters"].items()]
+    numbers = [torch.tensor(found[key]).sub(torch.tensor(expected[key])).abs().max().item() for key in ("loss", "norm")]
+    return [*numbers, max(masters)]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("documents", [False, True], ids=["across documents", "within documents"])
+def test_ten_steps_on_every_mesh_are_those_of_one_process(model, documents):
+    lines = []
+    for ranks, axes in MESHES:
+        cases = [case(model, ranks, zero, **axes) for zero in ((0, 1) if "pipeline" in axes else (0, 1, 2, 3))]
+        for one, of_ranks in train_all(cases, documents=documents).items():
+            found, expected = joined(of_ranks), alone(model, documents)
+            assert_near(found, expected)
+            told = " | ".join(f"{number:.1e}" for number in differences(found, expected))
+            cut = " x ".join(f"{axis} {size}" for axis, size in axes.items())
+            lines.append(f"| {model} | {cut} | {ranks} | {one.zero} | {told} |")
+    print("\n" + "\n".join(lines))
+    losses = alone(model, documents)["loss"]
+    assert losses[-1] < losses[0] - 0.3
