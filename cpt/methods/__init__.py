@@ -26,7 +26,8 @@ from cpt.progress import Progress
 class Forward:
     """A micro-batch after its forward pass: `tokens` [B, S + 1] and the `losses` [B, S] of its S targets, in nats.
 
-    Where a target does not count, because it is the first token of a document, its loss is 0.
+    Where a target does not count, because it is the first token of a document, its loss is 0. Where ranks share the
+    positions of a window (`mesh.sequence`), losses are those of this rank's positions, [B, S / sequence.size].
     """
 
     progress: Progress
@@ -50,7 +51,7 @@ class Seams:
         """A step begins."""
 
     def after_forward(self, forward: Forward) -> torch.Tensor | None:
-        """A further loss (a scalar, mean over tokens) to add to this micro-batch's, or None."""
+        """A further loss (a scalar, mean over tokens here) to add to this micro-batch's, or None."""
         return None
 
     def before_update(self, masters: Masters, progress: Progress) -> None:

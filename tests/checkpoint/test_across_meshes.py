@@ -36,14 +36,18 @@ def meshes(model: str) -> list[Case]:
     found += [case(model, ranks, zero, tensor=2) for ranks in (2, 4) for zero in (0, 1, 2, 3)]
     found += [case(model, 4, zero, tensor=4) for zero in (0, 1, 2, 3)]
     found += [case(model, ranks, zero, pipeline=2) for ranks in (2, 4) for zero in (0, 1)]
+    found += [case(model, 2, zero, sequence=2) for zero in (0, 1, 2, 3)]
+    found += [case(model, 4, zero, sequence=2, tensor=2) for zero in (1, 3)]
     return found + [case(model, 4, zero, pipeline=2, tensor=2) for zero in (0, 1)]
 
 
 # What the short tests go between.
 SAVED = [case("llama", 1, 1), case("llama", 2, 3), case("llama", 2, 0, tensor=2), case("llama", 2, 3, tensor=2)]
 SAVED += [case("llama", 4, 1, tensor=2), case("llama", 4, 1, tensor=4), case("llama", 2, 0, pipeline=2)]
+SAVED += [case("llama", 4, 3, sequence=2, tensor=2), case("pythia", 2, 1, sequence=2)]
 SAVED += [case("pythia", 1, 1), case("pythia", 2, 1, tensor=2), case("pythia", 4, 1, pipeline=2, tensor=2)]
 LOADED = [case("any", 1, 0), case("any", 2, 1, tensor=2), case("any", 2, 3, tensor=2), case("any", 4, 0, tensor=2)]
+LOADED += [case("any", 2, 3, sequence=2), case("any", 4, 1, sequence=2, tensor=2)]
 LOADED += [case("any", 4, 1, tensor=4), case("any", 2, 1, pipeline=2), case("any", 4, 0, pipeline=2, tensor=2)]
 
 
@@ -174,7 +178,8 @@ def test_reptile_tells_the_same_displacement_on_every_mesh():
         return told
 
     expected = on_ranks(1, work)[0]
-    for ranks, axes in ((2, {"tensor": 2}), (4, {"tensor": 2}), (4, {"tensor": 4}), (4, {"pipeline": 2, "tensor": 2})):
+    others = [(2, {"tensor": 2}), (4, {"tensor": 2}), (4, {"tensor": 4}), (2, {"sequence": 2})]
+    for ranks, axes in (*others, (4, {"pipeline": 2, "tensor": 2})):
         for told in on_ranks(ranks, work, **axes):
             assert told == pytest.approx(expected[: len(told)], rel=1e-5)
 

@@ -1,4 +1,4 @@
-"""Attention of windows that ranks share is that of one device, and of DeepSpeed's layer; what is sent is counted."""
+"""Attention of windows that ranks share is that of one device, and that of DeepSpeed's own layer in fewer calls."""
 
 from __future__ import annotations
 

@@ -84,6 +84,14 @@ def test_tensor_ranks_share_the_parameters_and_leave_the_windows_to_data_ranks(c
         list(plan_lines(read_run([config, "mesh.tensor=2"]), num_ranks=3))
 
 
+def test_sequence_ranks_share_windows_and_hold_all_parameters_of_which_zero_cuts_the_state(config):
+    lines = list(plan_lines(read_run([config, "mesh.sequence=2"]), num_ranks=4))
+    assert "on 4 rank(s) 1 micro-batch(es) of 2" in "\n".join(lines)
+    assert "mesh        data 2 x sequence 2, 6,192 parameters on a rank" in lines
+    memory = [line for line in lines if line.startswith("memory")]
+    assert memory == [line for line in plan_lines(read_run([config]), num_ranks=4) if line.startswith("memory")]
+
+
 def test_no_ranks_at_all_are_refused(config):
     with pytest.raises(Fault, match="--ranks = 0: at least 1"):
         list(plan_lines(read_run([config]), num_ranks=0))

@@ -20,6 +20,7 @@ OPTIMIZER = {"epsilon": 1e-4}
 MESHES = {
     "tensor": (["mesh.tensor=2"], 2, "data 1 x tensor 2"),
     "pipeline": (["mesh.pipeline=2", "batch.micro_batch=2"], 2, "pipeline 2 x data 1"),
+    "sequence": (["mesh.sequence=2", "zero=0", "mesh.check_every_steps=1"], 2, "data 1 x sequence 2"),
     "both": (["mesh.pipeline=2", "mesh.tensor=2", "batch.micro_batch=4"], 4, "pipeline 2 x data 1 x tensor 2"),
 }
 
@@ -79,8 +80,8 @@ def test_a_run_left_on_one_mesh_goes_on_on_others(config, alone):
     on_pipeline = (*words, "mesh.pipeline=2", "batch.micro_batch=2")
     stopped = runs.cpt("train", *on_pipeline, ranks=2, before=runs.ask_to_stop_at(3))
     assert [status for status, _ in stopped] == [143, 143]
-    stopped = runs.cpt("train", *words, "zero=3", before=runs.ask_to_stop_at(6))
-    assert [status for status, _ in stopped] == [143]
+    stopped = runs.cpt("train", *words, "mesh.sequence=2", "zero=3", ranks=2, before=runs.ask_to_stop_at(6))
+    assert [status for status, _ in stopped] == [143, 143]
     stopped = runs.cpt("train", *words, "mesh.tensor=2", "zero=2", ranks=4, before=runs.ask_to_stop_at(9))
     assert [status for status, _ in stopped] == [143] * 4
     runs.trained(*on_pipeline, "mesh.tensor=2", ranks=4)
@@ -151,9 +152,12 @@ def test_ranks_that_should_hold_the_same_are_looked_at_where_it_is_asked_for(con
         (["mesh.pipeline=2", "zero=2"], 2, "zero = 2 with mesh.pipeline = 2: each part adds up the gradients of many "),
         (["mesh.pipeline=2", "mesh.blocks_of_parts=[2]"], 2, "mesh.blocks_of_parts = [2]: mesh.pipeline = 2 parts "),
         (["mesh.tensor=3"], 3, "mesh.tensor = 3 cannot split model.heads = 4 evenly; use 1, 2 or 4"),
+        (["mesh.sequence=3"], 3, "mesh.sequence = 3 cannot split model.heads = 4 evenly; use 1, 2 or 4"),
+        (["mesh.sequence=2", "sequence_length=13"], 2,
+         "mesh.sequence = 2 cannot share sequence_length = 13 evenly; use 1, or sequence_length = 12 or 14"),
         (["mesh.tensor=2", "batch.windows=7"], 4, "batch.windows = 7 cannot be cut over 2 ranks; use 8"),
     ],
-)
+)  # fmt: skip
 def test_a_mesh_that_cannot_be_is_told_once_before_anything_is_written(data, tmp_path, words, ranks, told):
     ended = runs.cpt("train", write_config(data, tmp_path), *words, ranks=ranks)
     assert [status for status, _ in ended] == [2] * ranks

@@ -69,7 +69,7 @@ def in_processes(works: list[Callable[[], Any]], seconds: float = SECONDS) -> li
         errors = sorted(Path(folder).glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
         if errors:
             raise RankError(f"{errors[0].stem} of {len(works)}:\n{errors[0].read_text(encoding='utf-8')}")
-        if any(statuses):
+        if any(status != 0 for status in statuses):
             raise RankError(f"ended with {statuses}: {'not in time' if None in statuses else 'a process died'}")
         return [torch.load(Path(folder) / f"process-{n}.result", weights_only=True) for n in range(len(works))]
 
