@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from cpt_harness import tiny
 from cpt_harness.ranks import on_ranks
 
 from cpt.checkpoint import Checkpoint
-from cpt.config import Fault, read_settings
+from cpt.config import Fault, build, read_settings
 from cpt.methods import Seams, reptile
+from cpt.progress import Progress
+from cpt_kernels import Settings, choose
 
 NUM_STEPS, EVERY, STEP_SIZE = 10, 3, 0.4
 TOLERANCE = 2e-6
 STAGES = (0, 1, 2, 3)
 
 
-def method(every: int = EVERY, step_size: float = STEP_SIZE) -> reptile.Method:
-    return reptile.Method(reptile.Settings(every, step_size))
+def method(every: int = EVERY, step_size: float = STEP_SIZE, **more) -> reptile.Method:
+    return reptile.Method(reptile.Settings(every, step_size, **more))
 
 
-def reference(every: int = EVERY, without: int | None = None) -> dict:
-    """Reptile as the paper has it, around plain torch on one device. `without`: a step whose update is left out."""
+def reference(
+    every: int = EVERY, without: int | None = None, outer: dict | None = None, warmup_windows: int = 0
+) -> dict:
+    """Reptile as the paper has it, around plain torch on one device. `without`: a step whose update is left out.
+
+    `outer`: settings of torch's SGD, which takes the outer step with the anchor's way back as its gradient (DiLoCo).
+    """
     model = tiny.build_llama()
     model.initialise(tiny.SEED)
     groups = [
@@ -30,6 +39,8 @@ def reference(every: int = EVERY, without: int | None = None) -> dict:
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     anchor = [p.detach().clone() for p in model.parameters()]
+    outside = [a.clone().requires_grad_() for a in anchor]
+    sgd = torch.optim.SGD(outside, lr=STEP_SIZE, **outer) if outer else None
     losses, displacements, updates = [], [], 0
     for step in range(NUM_STEPS):
         tokens = tiny.windows_of_step(step)
@@ -47,8 +58,15 @@ def reference(every: int = EVERY, without: int | None = None) -> dict:
             with torch.no_grad():
                 squares = sum(float((p - a).square().sum()) for p, a in zip(model.parameters(), anchor, strict=True))
                 displacements.append(squares**0.5)
-                for parameter, old in zip(model.parameters(), anchor, strict=True):
-                    parameter.copy_(old + STEP_SIZE * (parameter - old))
+                windows = len(displacements) - 1
+                share = STEP_SIZE if windows >= warmup_windows else 1 + (STEP_SIZE - 1) * windows / warmup_windows
+                for parameter, old, out in zip(model.parameters(), anchor, outside, strict=True):
+                    out.grad = old - parameter
+                    parameter.copy_(old + share * (parameter - old))
+                if sgd:
+                    sgd.step()
+                for parameter, old, out in zip(model.parameters(), anchor, outside, strict=True):
+                    parameter.copy_(out if sgd else parameter)
                     old.copy_(parameter)
     return {
         "loss": losses,
@@ -88,7 +106,141 @@ def test_losses_masters_and_displacements_equal_those_of_the_unsharded_computati
             told = [report["method/reptile/displacement"] for report in reports if report]
             assert told == pytest.approx(expected["displacement"], rel=1e-5)
             assert [step for step, report in enumerate(reports) if report] == [2, 5, 8]
+            assert reports[2]["method/reptile/kept"] == pytest.approx(STEP_SIZE, rel=1e-5)
         assert_near(tiny.join([fragments for _, _, fragments in of_ranks]), expected["masters"])
+
+
+MESHES = [(2, {"tensor": 2}, (0, 1, 2, 3)), (2, {"pipeline": 2}, (0, 1)), (4, {}, (1, 3)), (2, {"sequence": 2}, (1,)),
+          (4, {"pipeline": 2, "tensor": 2}, (1,))]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MESHES, ids=str)
+def test_on_every_mesh_it_is_the_unsharded_computation(case):
+    ranks, axes, stages = case
+    settings = dataclasses.replace(tiny.LLAMA, heads=4, kv_heads=2, head_width=6)
+
+    def make():
+        return build(settings, "Model", choose(Settings(), torch.device("cpu")))
+
+    def work(mesh):
+        told = []
+        for zero in stages:
+            engine = tiny.start_engine(mesh, zero=zero, micro_batch=2, methods=[method()], model=make, epsilon=1e-4)
+            told.append((*steps_told(engine, mesh, 0, NUM_STEPS), tiny.fragments(engine)))
+        return told
+
+    ((losses, reports, fragments), *_) = on_ranks(1, work)[0]
+    for of_ranks in zip(*on_ranks(ranks, work, **axes), strict=True):
+        for mine, told, _ in of_ranks:
+            assert mine == pytest.approx(losses, abs=TOLERANCE)
+            assert told == [pytest.approx(report, rel=1e-4) for report in reports]
+        assert_near(tiny.join([one for _, _, one in of_ranks]), tiny.join([fragments]))
+
+
+@pytest.mark.parametrize("outer", [{"momentum": 0.9}, {"momentum": 0.6, "nesterov": True}], ids=str)
+def test_with_momentum_it_is_the_outer_step_of_torchs_sgd_and_goes_on_on_another_mesh(tmp_path, outer):
+    def leave(mesh):
+        engine = tiny.start_engine(mesh, zero=1, methods=[method(**outer)])
+        losses, _ = steps_told(engine, mesh, 0, 5)
+        engine.save(tmp_path / "left", {})
+        return losses
+
+    def go_on(mesh):
+        engine = tiny.start_engine(mesh, zero=3, methods=[method(**outer)], fill=False)
+        engine.load(Checkpoint(tmp_path / "left"), with_optimizer=True, with_methods=True)
+        return *steps_told(engine, mesh, 5, NUM_STEPS), tiny.fragments(engine)
+
+    expected = reference(outer=outer)
+    assert on_ranks(2, leave)[0] == pytest.approx(expected["loss"][:5], abs=TOLERANCE)
+    of_ranks = on_ranks(1, go_on)
+    assert of_ranks[0][0] == pytest.approx(expected["loss"][5:], abs=TOLERANCE)
+    assert_near(tiny.join([fragments for *_, fragments in of_ranks]), expected["masters"])
+
+
+def test_the_warm_up_keeps_all_of_the_first_window_and_less_of_each_after():
+    def work(mesh):
+        engine = tiny.start_engine(mesh, methods=[method(warmup_windows=2)])
+        return *steps_told(engine, mesh, 0, NUM_STEPS), tiny.fragments(engine)
+
+    ((losses, reports, fragments),) = on_ranks(1, work)
+    kept = [report["method/reptile/kept"] for report in reports if report]
+    assert kept == pytest.approx([1.0, 0.7, 0.4], rel=1e-5)
+    expected = reference(warmup_windows=2)
+    assert losses == pytest.approx(expected["loss"], abs=TOLERANCE)
+    assert_near(tiny.join([fragments]), expected["masters"])
+
+
+def test_a_stage_begins_with_a_new_anchor_where_that_is_asked_for():
+    def work(mesh):
+        told = []
+        for reset in ("never", "at_stage_start"):
+            one = method(momentum=0.5, reset_anchor=reset)
+            engine = tiny.start_engine(mesh, methods=[one])
+            first = steps_told(engine, mesh, 0, 4)[1]
+            engine.end_stage(Progress(step=4))
+            begins_at = tiny.fragments(engine)
+            second = steps_told(engine, mesh, 4, 8)[1]
+            told.append([[step for step, report in enumerate(first + second) if report], begins_at])
+        return told
+
+    ((never, at_start),) = on_ranks(1, work)
+    assert never[0] == [2, 5] and at_start[0] == [2, 6]
+
+
+def test_an_anchor_in_host_memory_is_the_same_method():
+    def work(mesh):
+        engine = tiny.start_engine(mesh, methods=[method(anchor_on="host", momentum=0.5)])
+        on_host = steps_told(engine, mesh, 0, 6)
+        engine = tiny.start_engine(mesh, methods=[method(momentum=0.5)])
+        return [on_host, steps_told(engine, mesh, 0, 6)]
+
+    ((on_host, on_device),) = on_ranks(1, work)
+    assert on_host == on_device
+
+
+def test_pieces_longer_than_what_is_moved_at_once_are_moved_whole(monkeypatch):
+    def work(mesh):
+        told = []
+        for at_once in (2**22, 7):
+            monkeypatch.setattr(reptile, "_ELEMENTS_AT_ONCE", at_once)
+            engine = tiny.start_engine(mesh, methods=[method(momentum=0.5)])
+            tiny.take_steps(engine, mesh, 0, 4)
+            told.append(tiny.fragments(engine))
+        return told
+
+    ((whole, in_parts),) = on_ranks(1, work)
+    assert all(torch.equal(one[3], other[3]) for one, other in zip(whole, in_parts, strict=True))
+
+
+@pytest.mark.parametrize(("step_size", "momentum", "is_told"), [(0.1, 0.0, True), (0.3, 0.0, False), (0.1, 0.9, False)])
+def test_a_step_size_that_stalls_learning_is_warned_of(caplog, step_size, momentum, is_told):
+    method(500, step_size, momentum=momentum)
+    told = "reptile.step_size = 0.1 keeps 10% of what each window of 500 updates has learned: learning all but stops"
+    assert (told in caplog.text) == is_told
+
+
+class LosesItsStep:
+    """The published way, on a stand-in: bf16 weights are interpolated, the optimiser's fp32 masters are not."""
+
+    def __init__(self, start: torch.Tensor) -> None:
+        self.masters = start.clone()
+        self.weights = start.bfloat16()
+
+    def update(self, gradient: torch.Tensor) -> None:
+        self.masters -= gradient
+        self.weights = self.masters.bfloat16()
+
+
+def test_the_published_code_loses_its_outer_step_with_the_next_update():
+    """So that nobody interpolates the weights that the model computes with: see cpt/parallel/weights.py."""
+    stand_in = LosesItsStep(torch.zeros(100))
+    anchor = stand_in.weights.clone()
+    for _ in range(3):
+        stand_in.update(torch.full((100,), -1.0))
+    stand_in.weights = torch.lerp(anchor, stand_in.weights, 0.1)
+    assert (stand_in.weights - 0.3).abs().max() < 0.01  # for one forward and backward pass
+    stand_in.update(torch.full((100,), -1.0))
+    assert (stand_in.weights == 4.0).all()  # and not 1.3: as if it had never been
 
 
 def test_it_matters():
@@ -150,6 +302,9 @@ def test_a_skipped_update_does_not_count():
         ({"every": 0}, "every = 0: at least 1 update in a window"),
         ({"step_size": 0}, r"step_size = 0.0: above 0 \(keep nothing\) and at most 1 \(keep all\)"),
         ({"step_size": 1.5}, "step_size = 1.5: above 0"),
+        ({"warmup_windows": -1}, "warmup_windows = -1: at least 0"),
+        ({"momentum": 1}, "momentum = 1.0: at least 0 and below 1"),
+        ({"nesterov": True}, "nesterov: true needs a momentum above 0, such as 0.9"),
     ],
     ids=str,
 )
