@@ -254,6 +254,8 @@ class _Loop:
             "loss": result.loss,
             "loss_by_source": {names[index]: loss for index, loss in result.loss_by_source.items()},
             "learning_rate": place.rate,
+            "s1": place.areas.forward,
+            "s2": place.areas.annealing,
             "grad_norm": result.grad_norm,
             "step_seconds": round(seconds, 6),
             "tokens_per_second": round(num_tokens / seconds, 1),

@@ -15,8 +15,8 @@ from cpt.lineage import tree
 from cpt.lineage.ledger import Ledger
 from cpt.run import Run, read_run
 
-STEP_FIELDS = ["step", "tokens", "stage", "loss", "loss_by_source", "learning_rate", "grad_norm", "step_seconds",
-               "tokens_per_second", "mfu", "skipped"]  # fmt: skip
+STEP_FIELDS = ["step", "tokens", "stage", "loss", "loss_by_source", "learning_rate", "s1", "s2", "grad_norm",
+               "step_seconds", "tokens_per_second", "mfu", "skipped"]  # fmt: skip
 SCORE_FIELDS = ["step", "tokens", "stage", "stage_end", "source", "loss", "bits_per_byte", "evaluated_tokens"]
 
 
