@@ -41,7 +41,7 @@ methods: [{name: reptile, every: 5, step_size: 0.5}]
 evaluation: {held_out: {no: data/no, 5: data/five}, windows: 0, every_tokens: 1M, micro_batch: 2}
 checkpoint: {every_tokens: 2M, keep_last: 3, keep_every_tokens: 10M, temporary_every_minutes: 7.5, in_background: false}
 log: {every_steps: 10, peak_tflops: 989}
-deepspeed: {zero_optimization: {reduce_bucket_size: 5e8, stage: auto}, wall_clock_breakdown: true, tag: 2024-01-05}
+deepspeed: {zero_optimization: {reduce_bucket_size: 5e8, stage: auto}, timers: {x: 2024-01-05}}
 stages:
 - name: first
   tokens: 300M
@@ -101,7 +101,7 @@ def test_everything_that_can_be_set_is_read(full):
     assert full.methods[0].step_size == 0.5
     assert full.evaluation.held_out == {"no": Path("data/no"), "5": Path("data/five")}
     assert full.deepspeed["zero_optimization"]["reduce_bucket_size"] == 5e8
-    assert full.deepspeed["tag"] == "2024-01-05"
+    assert full.deepspeed["timers"] == {"x": "2024-01-05"}
 
 
 def test_every_setting_of_the_full_run_differs_from_its_default(full):

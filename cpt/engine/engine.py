@@ -22,6 +22,7 @@ from torch import nn
 
 from cpt.checkpoint import Checkpoint, Content, write_checkpoint
 from cpt.config import Fault
+from cpt.engine.deepspeed_block import refuse_what_deepspeed_refuses, told_as_faults, unfit
 from cpt.engine.micro_batches import MicroBatch, OneByOne, cut
 from cpt.engine.pipeline import DEEPSPEED_SETTINGS, Pipeline
 from cpt.engine.settings import Settings, deepspeed_settings
@@ -71,9 +72,11 @@ class Engine:
     ) -> None:
         import deepspeed
 
-        faults = settings.batch.faults_on(mesh.data_size) + _unfit(settings.deepspeed, mesh)
+        faults = settings.batch.faults_on(mesh.data_size) + unfit(settings.deepspeed, mesh)
         if faults:
             raise Fault(faults)
+        made = deepspeed_settings(settings, mesh.data_size)
+        refuse_what_deepspeed_refuses(made)
         self._settings, self._mesh, self._methods = settings, mesh, tuple(methods)
         named = list(model.named_parameters())
         groups = [
@@ -83,13 +86,12 @@ class Engine:
         self._model = model
         mark_parts(model)
         # BF16_Optimizer prints what memory there is, seven times, whatever its settings say.
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), told_as_faults(settings.deepspeed):
             pipeline = Pipeline(model, mesh) if mesh.pipeline.size > 1 else None
             self._engine, *_ = deepspeed.initialize(
                 model=pipeline.module if pipeline else model,
                 optimizer=make_optimizer([g for g in groups if g["params"]]),
-                config=deepspeed_settings(settings, mesh.data_size)
-                | ({"pipeline": DEEPSPEED_SETTINGS} if pipeline else {}),
+                config=made | ({"pipeline": DEEPSPEED_SETTINGS} if pipeline else {}),
                 mpu=ModelParallelUnit(mesh) if mesh.tensor.size > 1 and not pipeline else None,
             )
         if pipeline:
@@ -309,31 +311,3 @@ class Engine:
 
     def _gradient_norm(self) -> float:
         return self._clipped_norm if self._settings.zero == 0 else float(self._engine.get_global_grad_norm())
-
-
-def _unfit(block: dict[str, Any], mesh: Mesh) -> list[str]:
-    """Settings of a `deepspeed:` block that take away what a step is told with, or mix up the ranks of the mesh."""
-    zero = block.get("zero_optimization", {})
-    zero = zero if isinstance(zero, dict) else {}
-    faults = []
-    if zero.get("compute_grad_norm", "auto") not in ("auto", True):
-        faults.append(
-            "deepspeed.zero_optimization.compute_grad_norm: every step is told with its gradient norm; leave it out"
-        )
-    if mesh.tensor.size > 1:
-        faults += [
-            f"deepspeed.zero_optimization.{name} with mesh.tensor = {mesh.tensor.size}: DeepSpeed would make groups of "
-            "neighbouring ranks, which hold different parts of a layer; leave one of them out"
-            for name in _GROUPS_OF_NEIGHBOURS
-            if (value := zero.get(name)) is True or (isinstance(value, int) and value > 1)
-        ]
-    return faults
-
-
-# With them DeepSpeed cuts or sends within groups of neighbouring ranks, whatever the mesh.
-_GROUPS_OF_NEIGHBOURS = (
-    "zero_hpz_partition_size",
-    "zero_quantized_gradients",
-    "zero_quantized_weights",
-    "mics_shard_size",
-)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cpt.engine.deepspeed_block import contradictions
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -85,44 +87,7 @@ class Settings:
                 "zero = 0 with precision = bf16: DeepSpeed takes an optimiser step of its own before the first one and "
                 "decays the weights; use zero = 1, which costs nothing more, or precision = fp32"
             )
-        return faults + contradictions(self.deepspeed)
-
-
-_OURS = {
-    "train_batch_size": "batch.windows",
-    "train_micro_batch_size_per_gpu": "batch.micro_batch",
-    "gradient_accumulation_steps": "batch.windows and batch.micro_batch",
-    "managed_gradient_accumulation": "batch.windows and batch.micro_batch",
-    "optimizer": "optimizer",
-    "scheduler": "stages.N.schedule",
-    "gradient_clipping": "optimizer.clip",
-    "bf16": "precision",
-    "bfloat16": "precision",  # DeepSpeed's older name for bf16
-    "fp16": "precision",
-    "torch_autocast": "precision",
-    "tensor_parallel": "mesh.tensor",
-    "zero_allow_untested_optimizer": "nothing: it is always on",
-}
-
-
-def contradictions(block: dict[str, Any]) -> list[str]:
-    """Settings in a `deepspeed:` block that are ours to make; both names in one line. `auto` means ours, as in HF."""
-    faults = [
-        f"deepspeed.{key}: this is set by {ours} here; take it out of the block, or write auto"
-        for key, ours in _OURS.items()
-        if key in block and block[key] != "auto"
-    ]
-    faults += [
-        f"deepspeed.{key} = {block[key]!r}: DeepSpeed takes 'name: value' lines here"
-        for key in ("zero_optimization", "data_types")
-        if not isinstance(block.get(key, {}), dict) and block[key] != "auto"
-    ]
-    zero = block.get("zero_optimization", {})
-    if isinstance(zero, dict) and zero.get("stage", "auto") != "auto":
-        faults.append(
-            "deepspeed.zero_optimization.stage: this is set by zero here; take it out of the block, or write auto"
-        )
-    return faults
+        return faults + contradictions(self.deepspeed, self.zero)
 
 
 def deepspeed_settings(settings: Settings, num_ranks: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt.config import Fault, read_settings
-from cpt.engine.settings import Batch, Optimizer, Settings, contradictions, deepspeed_settings
+from cpt.engine.settings import Batch, Optimizer, Settings, deepspeed_settings
 
 
 @given(st.integers(1, 200), st.none() | st.integers(1, 20), st.integers(1, 17))
@@ -77,51 +77,6 @@ def test_settings_outside_their_range_are_faults(kind, plain, lines):
     with pytest.raises(Fault) as caught:
         read_settings(kind, plain)
     assert [line.split("; did you")[0] for line in caught.value.lines] == [line.split("; did you")[0] for line in lines]
-
-
-@pytest.mark.parametrize(
-    ("key", "ours"),
-    [
-        ("train_batch_size", "batch.windows"),
-        ("train_micro_batch_size_per_gpu", "batch.micro_batch"),
-        ("gradient_accumulation_steps", "batch.windows and batch.micro_batch"),
-        ("managed_gradient_accumulation", "batch.windows and batch.micro_batch"),
-        ("optimizer", "optimizer"),
-        ("scheduler", "stages.N.schedule"),
-        ("gradient_clipping", "optimizer.clip"),
-        ("bf16", "precision"),
-        ("bfloat16", "precision"),
-        ("fp16", "precision"),
-        ("torch_autocast", "precision"),
-        ("tensor_parallel", "mesh.tensor"),
-        ("zero_allow_untested_optimizer", "nothing: it is always on"),
-    ],
-)
-def test_what_is_ours_to_set_is_refused_in_deepspeeds_block(key, ours):
-    assert contradictions({key: {"enabled": True}}) == [
-        f"deepspeed.{key}: this is set by {ours} here; take it out of the block, or write auto"
-    ]
-    assert contradictions({key: "auto"}) == []
-
-
-def test_the_zero_stage_is_refused_in_deepspeeds_block_and_its_other_settings_are_not():
-    told = "deepspeed.zero_optimization.stage: this is set by zero here; take it out of the block, or write auto"
-    assert contradictions({"zero_optimization": {"stage": 2}}) == [told]
-    assert contradictions({"zero_optimization": {"stage": "auto"}}) == []
-    assert contradictions({"zero_optimization": "auto"}) == []
-    assert contradictions({"zero_optimization": {"reduce_bucket_size": 5e8}}) == []
-
-
-def test_a_part_of_deepspeeds_block_that_is_no_mapping_is_a_fault():
-    assert contradictions({"zero_optimization": True, "data_types": 3}) == [
-        "deepspeed.zero_optimization = True: DeepSpeed takes 'name: value' lines here",
-        "deepspeed.data_types = 3: DeepSpeed takes 'name: value' lines here",
-    ]
-
-
-def test_all_contradictions_are_told_at_once():
-    block = {"train_batch_size": 4, "fp16": {}, "zero_optimization": {"stage": 3}, "wall_clock_breakdown": True}
-    assert len(contradictions(block)) == 3
 
 
 def test_deepspeed_is_told_what_the_settings_say():

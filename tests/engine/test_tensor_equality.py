@@ -65,7 +65,7 @@ def test_without_the_marks_of_parts_the_norm_would_be_told_wrongly(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("zero_hpz_partition_size", 2), ("zero_quantized_gradients", True), ("mics_shard_size", 2)],
+    [("zero_hpz_partition_size", 2), ("zero_quantized_gradients", True)],
 )
 def test_settings_of_deepspeed_that_would_mix_the_parts_of_a_layer_are_refused(name, value):
     def work(mesh):

@@ -199,7 +199,6 @@ def test_the_sum_over_pieces_is_that_over_all_elements_on_every_rank_and_stage()
     [
         (1, {"zero_optimization": {"round_robin_gradients": True}}, "computes with other weights than its masters"),
         (2, {"zero_optimization": {"round_robin_gradients": True}}, "computes with other weights than its masters"),
-        (1, {"zero_optimization": {"compute_grad_norm": False}}, "deepspeed.zero_optimization.compute_grad_norm"),
     ],
     ids=str,
 )
