@@ -15,6 +15,7 @@ import math
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,10 @@ class Outcome:
     signal: int | None = None
 
 
-def train(run: Run, mesh: Mesh) -> Outcome:
+def train(run: Run, mesh: Mesh, why_orphaned: Callable[[], str | None] = lambda: None) -> Outcome:
     """Train `run` to its end, or until a signal asks to stop; goes on from its own checkpoint if there is one.
+
+    `why_orphaned()` is asked before each step: a line if what started this process is gone, which stops the run too.
 
     Raises Fault before anything is written if the settings cannot work, TrainingError if a step was not finite.
     """
@@ -98,7 +101,7 @@ def train(run: Run, mesh: Mesh) -> Outcome:
     flops = model.flops_per_token(run.sequence_length)
 
     # No earlier: a parent that does not fit leaves nothing behind.
-    with folder.taken(mesh), listening_for_stop() as stop:
+    with folder.taken(mesh), listening_for_stop(why_orphaned) as stop:
         _prepare_folder(run, folder, mesh, parent, corpora)
         _tell_what_was_built(run, mesh, model, kernels, compiled, peak.origin)
         journal = Journal(
@@ -175,7 +178,7 @@ class _Loop:
             seed_step(run.seed, progress.step, self.mesh.data_rank)
             batch = loader.batch(first_slot, num_windows)
             rate = schedule.rate(progress)
-            is_asked = self.stop.signal is not None
+            is_asked = self.stop.is_asked()
             result = self.engine.step(
                 batch.tokens, batch.sources, len(order.source_names), rate, progress, is_asked, batch.starts,
                 self.saving.is_asked_by_clock(),

@@ -11,6 +11,7 @@ from cpt.observe.logs import log_to_terminal
 from cpt.parallel.mesh import num_gpus, open_mesh
 from cpt.run import read_run
 from cpt.train import TrainingError, train
+from cpt_launcher.launchers import find_launchers
 from cpt_launcher.rendezvous import find_rendezvous, pick_free_port
 
 EXAMPLE = "cpt train configs/quickstart/base.yaml seed=2 output=runs/seed2"
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; every rank of a launcher comes here."""
+    launchers = find_launchers(os.environ)  # first of all: what has ended before cannot be missed later
     place = find_rendezvous(os.environ, arguments.local_rank, pick_free_port)
     log_to_terminal(place.rank)
     is_everybodys = True  # all ranks find the same faults in the settings, and the first one tells
@@ -44,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
             port=place.master_port,
         ) as mesh:
             is_everybodys = True
-            outcome = train(settings, mesh)
+            outcome = train(settings, mesh, launchers.why_gone)
     except TrainingError as error:
         if place.rank == 0:  # all ranks end with the same
             print(f"cpt train: {error}", file=sys.stderr)

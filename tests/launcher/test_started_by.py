@@ -1,4 +1,7 @@
-"""launcher/run.py under deepspeed, torchrun, srun and plain python: it finds its rank, saves when stopped, goes on."""
+"""launcher/run.py under deepspeed, torchrun, srun and plain python: it finds its rank, saves when stopped, goes on.
+
+So it does when what started it is killed.
+"""
 
 from __future__ import annotations
 
@@ -89,6 +92,64 @@ def test_torchrun_starts_two_ranks_and_a_stop_is_saved(config, unbroken, tmp_pat
     assert "on 2 rank(s) of cpu" in told and "asked to stop: saved at step" in told
     assert sorted(path.name for path in (run / "logs").iterdir()) == ["rank-00000.log", "rank-00001.log"]
     assert_goes_on_from_a_stop(config, run, unbroken)
+
+
+# ---- what started it is killed
+
+
+def kill_and_wait_for_the_end(process, victim: psutil.Process) -> None:
+    """Kill one process of a run that was started as `process`; the others are to end soon, by themselves."""
+    others = [found for found in (psutil.Process(process.pid), *processes_of(process)) if found != victim]
+    victim.kill()
+    _, alive = psutil.wait_procs([found for found in others if found.pid != process.pid], timeout=30)
+    assert not alive, [found.cmdline() for found in alive]
+    runs.end(process)
+
+
+def test_ranks_end_after_a_save_when_a_part_of_deepspeed_is_killed_and_the_same_command_goes_on(
+    config, unbroken, tmp_path
+):
+    run = tmp_path / "run"
+    for part, from_step in (("deepspeed", 10), ("deepspeed.launcher.launch", 30)):
+        process = runs.start(config, f"output={run}", folder=tmp_path, launcher=deepspeed())
+        runs.wait_for_step(run, from_step, process)
+        found = psutil.Process(process.pid)
+        if part == "deepspeed.launcher.launch":
+            (found,) = (child for child in found.children() if part in child.cmdline())
+        kill_and_wait_for_the_end(process, found)
+        told = (tmp_path / "out.txt").read_text()
+        assert f"the launcher (process {found.pid}, {part}) is gone: this run saves after its next step" in told
+        assert (run / "checkpoints" / "latest").read_text() == f"step-{runs.num_lines(run / 'metrics.jsonl'):08d}\n"
+    assert told.count("going on from") == 1 and "another process is training there" not in told
+    assert_goes_on_from_a_stop(config, run, unbroken)
+
+
+def test_ranks_end_after_a_save_when_torchruns_agent_is_killed(config, unbroken, tmp_path):
+    run = tmp_path / "run"
+    launcher = [BIN / "torchrun", "--standalone", "--nproc-per-node", 2]
+    process = runs.start(config, f"output={run}", folder=tmp_path, launcher=launcher)
+    runs.wait_for_step(run, 10, process)
+    kill_and_wait_for_the_end(process, psutil.Process(process.pid))
+    assert f"the launcher (process {process.pid}, torchrun) is gone" in (tmp_path / "out.txt").read_text()
+    assert_goes_on_from_a_stop(config, run, unbroken)
+
+
+def test_a_process_whose_shell_ends_goes_on_to_its_end(data, tmp_path):
+    plain = runs.settings(data, tmp_path / "run", [runs.stage(data, "prose", 100)])
+    plain["evaluation"]["every_tokens"] = plain["checkpoint"]["every_tokens"] = None
+    config = runs.write_settings(tmp_path / "run.yaml", plain)
+    in_background = ["nohup", "sh", "-c", '"$@" & wait; true', "sh", sys.executable]
+    shell = runs.start(config, folder=tmp_path, launcher=in_background, on_one_core=True)
+    runs.wait_for_step(tmp_path / "run", 5, shell)
+    (process,) = processes_of(shell)
+    os.killpg(shell.pid, signal.SIGHUP)  # as a terminal that is closed does; nohup makes it have no effect
+    shell.kill()
+    assert runs.end(shell) == -signal.SIGKILL
+    psutil.wait_procs([process], timeout=runs.SECONDS)
+    assert (tmp_path / "run" / "finished.json").exists() and "is gone" not in (tmp_path / "out.txt").read_text()
+
+
+# ---- srun and plain python
 
 
 def test_srun_starts_two_tasks_that_find_each_other_and_all_end_with_the_signals_status(config, unbroken, tmp_path):

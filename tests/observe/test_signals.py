@@ -48,3 +48,19 @@ def test_afterwards_signals_mean_what_they_meant_before():
         assert [signal.getsignal(number) for number in numbers] != before
         raise RuntimeError
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_an_orphan_is_asked_to_stop_as_by_sigterm_and_told_why(caplog):
+    reasons = iter([None, "the launcher (process 7, torchrun) is gone"])
+    with caplog.at_level("WARNING"), listening_for_stop(lambda: next(reasons)) as stop:
+        assert not stop.is_asked() and stop.signal is None
+        assert stop.is_asked() and stop.signal == signal.SIGTERM
+        assert stop.is_asked()  # and nobody is asked any more
+    (line,) = caplog.messages
+    assert line.startswith("the launcher (process 7, torchrun) is gone: this run saves after its next step and ends")
+
+
+def test_a_signal_that_came_before_is_the_one_that_counts():
+    with listening_for_stop(lambda: "the launcher is gone") as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.is_asked() and stop.signal == signal.SIGUSR1

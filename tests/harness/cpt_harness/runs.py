@@ -176,15 +176,20 @@ def _caught() -> Iterator[IO[bytes]]:
         os.dup2(kept, 2)
 
 
-def start(*words: object, folder: Path, launcher: Sequence[object] = (), **environment: str) -> subprocess.Popen:
-    """A real process `[LAUNCHER] launcher/run.py WORDS` in a process group of its own; writes to `folder`/out.txt."""
+def start(
+    *words: object, folder: Path, launcher: Sequence[object] = (), on_one_core: bool = False, **environment: str
+) -> subprocess.Popen:
+    """A real process `[LAUNCHER] launcher/run.py WORDS` in a process group of its own; writes to `folder`/out.txt.
+
+    Without a launcher it is on one core, because two threads that wait for one another are slow on a busy machine.
+    """
     # As a shell would start it: nothing of pytest's path.
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "LOCAL_SIZE")}
     command = [*(launcher or [sys.executable]), ROOT / "launcher" / "run.py", *words]
     with (folder / "out.txt").open("ab") as out:
         return subprocess.Popen(
             list(map(str, command)), cwd=folder, env={**clean, **environment}, stdout=out, stderr=out,
-            start_new_session=True, preexec_fn=None if launcher else _take_one_core,
+            start_new_session=True, preexec_fn=_take_one_core if on_one_core or not launcher else None,
         )  # fmt: skip
 
 
