@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,31 @@ def test_a_run_left_on_one_mesh_goes_on_on_others(config, alone):
     found["checkpoints"] = expected["checkpoints"]  # where it was stopped it saved, too
     assert_near(found, expected)
     assert main(["verify-order", str(folder), str(alone)]) == 0
+
+
+# Ranks, ZeRO stage, windows of a micro-batch, and the rest of the words.
+LEGS = [
+    (1, 0, 1, []), (2, 3, 2, []), (4, 2, 2, []), (1, 1, 4, []), (4, 3, 1, ["mesh.tensor=2"]),
+    (2, 1, 2, ["mesh.pipeline=2"]), (4, 0, 4, ["mesh.sequence=2"]), (1, 2, 8, []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2, 3))])
+def test_left_at_random_steps_for_other_ranks_stages_and_micro_batches_the_order_and_losses_stay(data, tmp_path, seed):
+    stages = [runs.stage(data, "prose", 17), runs.stage(data, "code", 13, replay={"share": 0.25})]
+    plain = runs.settings(data, tmp_path / "alone", stages, methods=["reptile"], model=MODEL, optimizer=OPTIMIZER)
+    config, draw = runs.write_settings(tmp_path / "run.yaml", plain), random.Random(seed)
+    runs.trained(config)
+    legs = draw.sample(LEGS, len(LEGS)) if seed else LEGS
+    stops = sorted(draw.sample(range(1, 28, 2), len(legs) - 1))
+    for (ranks, zero, micro_batch, more), stop in zip(legs, [*stops, None], strict=True):
+        words = [f"output={tmp_path}/moved", f"zero={zero}", f"batch.micro_batch={micro_batch}", *more]
+        before = None if stop is None else runs.ask_to_stop_at(stop)
+        ended = runs.cpt("train", config, *words, ranks=ranks, before=before)
+        assert [status for status, _ in ended] == [0 if stop is None else 143] * ranks, (ranks, zero, more, ended)
+    assert main(["verify-order", str(tmp_path / "moved"), str(tmp_path / "alone")]) == 0
+    for mine, other in zip(*(runs.lines(tmp_path / run / "metrics.jsonl") for run in ("moved", "alone")), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5), mine["step"]
 
 
 def test_on_the_same_mesh_a_run_that_was_stopped_ends_as_one_that_was_not_to_the_bit(config, spread):
