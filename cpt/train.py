@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from cpt.checkpoint import Place, RunFolder
 from cpt.config import beside, build, write_yaml
 from cpt.data.check import open_corpora
@@ -78,7 +80,11 @@ def train(run: Run, mesh: Mesh, why_orphaned: Callable[[], str | None] = lambda:
     kernels = switch.choose(run.kernels, mesh.device)
     cuts = beside(run.model, "CUTS")
     blocks = run.blocks_of_parts[mesh.pipeline.rank]
-    model = built_part(lambda: build(run.model_before, "Model", kernels), cuts, mesh, blocks)
+
+    def make_model() -> nn.Module:
+        return built_part(lambda: build(run.model_before, "Model", kernels), cuts, mesh, blocks)
+
+    model = make_model()
     is_gathered, is_within_documents = run.zero == 3, run.is_within_documents
     compiled = prepare_blocks(model, run.recompute, run.compile, is_gathered, is_within_documents)
     engine = Engine(
@@ -88,6 +94,7 @@ def train(run: Run, mesh: Mesh, why_orphaned: Callable[[], str | None] = lambda:
         [build(settings, "Method") for settings in run.methods],
         lambda groups: kernels.adamw(groups, 0.0, (run.optimizer.beta1, run.optimizer.beta2), run.optimizer.epsilon),
         decays=model.decays,
+        make_model=make_model,
     )
     if checkpoint is not None:
         is_resumed = parent is None or place.progress.step > 0

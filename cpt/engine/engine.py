@@ -57,8 +57,9 @@ class Engine:
     `model` maps (tokens [B, S], targets [B, S]) to token losses [B, S] in fp32; a third argument, `Documents`, comes
     with windows of which it is known where documents begin, and targets that do not count must then have loss 0.
     `make_optimizer(groups)` makes torch's AdamW for two parameter groups, with and without weight decay as
-    `decays(name)` says. Call `fill` or `load` next: the weights in `model` do not count, because DeepSpeed would round
-    them to bf16 before it makes its fp32 masters. Every call is collective: all ranks make it together.
+    `decays(name)` says. `make_model()` makes one more like `model`, for methods that need it. Call `fill` or `load`
+    next: the weights in `model` do not count, because DeepSpeed would round them to bf16 before it makes its masters.
+    Every call is collective: all ranks make it together.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Engine:
         methods: Sequence[Seams],
         make_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
         decays: Callable[[str], bool],
+        make_model: Callable[[], nn.Module] | None = None,
     ) -> None:
         import deepspeed
 
@@ -98,6 +100,8 @@ class Engine:
             pipeline.use(self._engine)
         self._run: OneByOne | Pipeline = pipeline or OneByOne(self._engine, mesh)
         self.masters = Masters(self._engine, model, settings.zero, mesh)
+        for method in self._methods:
+            method.meet(model, make_model, self.masters, mesh)
         self._progress = Progress()
         self._clipped_norm = 0.0
         # DeepSpeed's engines all end a step in one call of this bound method, at every ZeRO stage.
@@ -156,11 +160,15 @@ class Engine:
         mean_count = None if starts is None else self._mean_count(counts, len(micro_batches))
         by_window: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each micro-batch: sources and summed losses, [B]
 
-        def loss_of(micro_batch: MicroBatch, losses: torch.Tensor) -> torch.Tensor:
+        def mean(numbers: torch.Tensor) -> torch.Tensor:
+            return numbers.mean() if mean_count is None else numbers.sum() / mean_count
+
+        def loss_of(micro_batch: MicroBatch, outputs: Any) -> torch.Tensor:
+            losses, beside = outputs if isinstance(outputs, tuple) else (outputs, None)
             by_window.append((micro_batch.sources, losses.detach().sum(dim=1, dtype=torch.float64)))
-            loss = losses.mean() if mean_count is None else losses.sum() / mean_count
+            loss = mean(losses)
             for method in self._methods:
-                extra = method.after_forward(Forward(progress, micro_batch.tokens, losses))
+                extra = method.after_forward(Forward(progress, micro_batch.tokens, losses, beside, mean))
                 loss = loss if extra is None else loss + extra
             return loss
 

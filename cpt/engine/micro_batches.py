@@ -36,8 +36,8 @@ class MicroBatch:
         return model_inputs(self.tokens, self.starts, self.tokens.device)
 
 
-# The loss to go backward from, a scalar, of a micro-batch and its token losses as the model returns them.
-LossOf = Callable[[MicroBatch, Tensor], Tensor]
+# The loss to go backward from, a scalar, of a micro-batch and what the model returns: token losses, perhaps with more.
+LossOf = Callable[[MicroBatch, Any], Tensor]
 
 
 def cut(
@@ -58,8 +58,8 @@ class OneByOne:
     def train(self, micro_batches: Sequence[MicroBatch], loss_of: LossOf) -> None:
         """Forward and backward of each; the update is made after the last."""
         for micro_batch in micro_batches:
-            losses = self._engine(*micro_batch.inputs)
-            self._engine.backward(loss_of(micro_batch, losses))
+            outputs = self._engine(*micro_batch.inputs)
+            self._engine.backward(loss_of(micro_batch, outputs))
             self._engine.step()
 
     @torch.no_grad()

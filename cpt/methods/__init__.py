@@ -12,12 +12,15 @@ At strength 0 a method leaves the run unchanged, bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from cpt.config import name_of_choice
+from cpt.parallel.mesh import Mesh
 from cpt.parallel.weights import Masters
 from cpt.progress import Progress
 
@@ -33,6 +36,11 @@ class Forward:
     progress: Progress
     tokens: torch.Tensor
     losses: torch.Tensor
+    # What the function that a method has put beside the head made of this micro-batch, [B, S], or None.
+    beside: torch.Tensor | None = None
+    # From numbers [B, S], 0 where a target does not count, to the scalar that a loss is made of: each target that
+    # counts weighs the same, as in the loss itself.
+    mean: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.mean
 
 
 class Seams:
@@ -46,6 +54,11 @@ class Seams:
     def __init__(self, settings: Any) -> None:
         self.settings = settings
         self.name = name_of_choice(settings)
+
+    def meet(self, model: nn.Module, make_model: Callable[[], nn.Module], masters: Masters, mesh: Mesh) -> None:
+        """Before the first seam, once: this rank's part of the model, what makes another one, not filled, and the
+        masters. Raises Fault on a mesh that the method does not work on.
+        """
 
     def before_batch(self, progress: Progress) -> None:
         """A step begins."""

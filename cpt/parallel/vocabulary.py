@@ -10,6 +10,9 @@ T tokens, B sequences, S positions, D width, V vocabulary, R rows of this rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -24,6 +27,10 @@ from cpt_kernels.cross_entropy import IGNORED
 # Logits that exist at once on a rank, as for the operation on one device.
 _LOGITS_AT_ONCE_ON_CPU = 2**21
 _LOGITS_AT_ONCE = 2**26
+
+
+# What a method computes where the head computes losses: of hidden [B, S, D] and weight [R, D], the rows of this rank.
+Beside = Callable[[Tensor, Tensor], Any]
 
 
 def rows_of(vocabulary: int, group: Group) -> tuple[int, int, int]:
@@ -59,16 +66,25 @@ class VocabularyHead(nn.Module):
     def __init__(self, weight: Tensor, group: Group, tied_to: nn.Parameter | None = None) -> None:
         super().__init__()
         self.group, self.vocabulary = group, weight.shape[0]
+        self.beside: Beside | None = None
         self.first, self.last, rows = rows_of(self.vocabulary, group)
         self.weight = nn.Parameter(weight.new_zeros(rows, weight.shape[1])) if tied_to is None else tied_to
         self.parts = {"weight": Part(tuple(weight.shape), 0, self.first, self.last)}
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        """hidden [B, S, D] -> logits [B, S, V]; with targets [B, S] -> losses [B, S] in fp32. The same on all ranks."""
-        hidden = copied(hidden, self.group)
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Any:
+        """hidden [B, S, D] -> logits [B, S, V]; with targets [B, S] -> losses [B, S] in fp32. The same on all ranks.
+
+        With something `beside`, as the head for one device has it.
+        """
+        hidden, weight = copied(hidden, self.group), self.weight[: self.last - self.first]
         if targets is None:
+            if self.beside is not None:
+                return self.beside(hidden, weight)
             return joined(functional.linear(hidden, self.weight), self.group)[..., : self.vocabulary]
-        return linear_cross_entropy(hidden, self.weight[: self.last - self.first], targets, self.first, self.group)
+        losses = linear_cross_entropy(hidden, weight, targets, self.first, self.group)
+        if self.beside is None or not self.training:
+            return losses
+        return losses, self.beside(hidden, weight).masked_fill(targets == IGNORED, 0.0)
 
 
 def linear_cross_entropy(

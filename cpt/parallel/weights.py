@@ -91,6 +91,16 @@ class Masters:
         return {name: part.shape for name, part in self._parts.items()} | self._shapes_elsewhere
 
     @property
+    def learning_rate(self) -> float:
+        """That of the update that comes, or was just made."""
+        return float(self._outer.param_groups[0]["lr"])
+
+    @property
+    def computing_type(self) -> torch.dtype:
+        """The type of the weights that the model computes with."""
+        return next(iter(self._parameters.values())).dtype
+
+    @property
     def num_updates(self) -> int:
         """How many updates the optimiser has made; what bias correction counts from."""
         return int(self._inner.state[self._flats[0]]["step"].item()) if self._flats else 0
@@ -126,6 +136,27 @@ class Masters:
                 persistent[0].all_gather(persistent)
             # With zero_hpz_partition_size each node has a second copy, which would keep its old values too.
             self._outer.invalidate_secondary_tensor()
+
+    @torch.no_grad()
+    def gathered(self, values: Sequence[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and values of each parameter as it lies on this rank when whole, from one tensor for each piece.
+
+        In the shape of this rank's part, padding 0, fp32. Every rank must go through to the end; one parameter at a
+        time is in memory.
+        """
+        replicas = self._mesh.same_parameters
+        of_pieces: dict[str, list[tuple[Piece, torch.Tensor]]] = {}
+        for piece, tensor in zip(self.pieces, values, strict=True):
+            of_pieces.setdefault(piece.name, []).append((piece, tensor))
+        for name, parameter in self._parameters.items():
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            whole = torch.zeros(shape, dtype=torch.float32, device=self._mesh.device)
+            for piece, tensor in of_pieces.get(name, []):
+                start = piece.start - self._parts[name].offset
+                whole.view(-1)[start : start + len(tensor)] = tensor
+            if self._stage and replicas.size > 1:
+                torch.distributed.all_reduce(whole, group=replicas.handle)
+            yield name, whole
 
     def differing(self, read: Read) -> list[str]:
         """Parameters here whose masters are not `read(name, start, stop)`, bit for bit."""

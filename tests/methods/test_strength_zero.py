@@ -11,7 +11,12 @@ from cpt.config import build
 from cpt.config.choices import names_of_choices, settings_of_choice
 
 # The settings of each method with which it does its work and changes nothing. A new method adds its line.
-STRENGTH_ZERO = {"new_rows_first": {"tokens": 0, "first_row": 50}, "reptile": {"every": 1, "step_size": 1.0}}
+STRENGTH_ZERO = {
+    "distillation": {"strength": 0.0},
+    "l2_to_start": {"strength": 0.0},
+    "new_rows_first": {"tokens": 0, "first_row": 50},
+    "reptile": {"every": 1, "step_size": 1.0},
+}
 LAYOUTS = [(zero, precision) for zero in (0, 1, 2, 3) for precision in ("fp32", "bf16") if zero or precision == "fp32"]
 
 

@@ -81,14 +81,19 @@ def start_engine(
     **optimizer: float,
 ) -> Engine:
     """An engine around a new model, or this rank's part of it, with the model's initial values of SEED."""
-    made, settings = model(), Optimizer(**optimizer)
-    if mesh.tensor.size > 1:
-        made = cut(made, beside(made.settings, "CUTS"), mesh.tensor)
-    if mesh.sequence.size > 1:
-        made = share_positions(made, mesh.sequence)
-    if mesh.pipeline.size > 1:
-        parts = blocks_of_parts(made.settings, LENGTH, mesh.pipeline.size)
-        made = keep_part(made, parts[mesh.pipeline.rank], mesh.pipeline)
+
+    def make() -> nn.Module:
+        made = model()
+        if mesh.tensor.size > 1:
+            made = cut(made, beside(made.settings, "CUTS"), mesh.tensor)
+        if mesh.sequence.size > 1:
+            made = share_positions(made, mesh.sequence)
+        if mesh.pipeline.size > 1:
+            parts = blocks_of_parts(made.settings, LENGTH, mesh.pipeline.size)
+            made = keep_part(made, parts[mesh.pipeline.rank], mesh.pipeline)
+        return made
+
+    made, settings = make(), Optimizer(**optimizer)
     if recomputing or compiling:
         recomputing, compiling = recomputing or recompute.Settings(), compiling or compiled.Settings()
         prepare_blocks(made, recomputing, compiling, zero == 3, is_within_documents)
@@ -101,6 +106,7 @@ def start_engine(
             groups, lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.epsilon, fused=True
         ),
         decays=made.decays,
+        make_model=make,
     )
     if fill:
         engine.fill(lambda name, start, stop: made.initial_value(name, SEED).reshape(-1)[start:stop])
