@@ -10,7 +10,8 @@ from dataclasses import dataclass
 class Progress:
     """A place between two steps of a run; all counts begin at 0 and speak of what is behind us.
 
-    `tokens` and `stage_tokens` count what all ranks trained on together, replayed tokens included.
+    `tokens` and `stage_tokens` count what all ranks trained on together, replayed tokens included; `step_tokens` those
+    of the last step.
     """
 
     step: int = 0
@@ -18,6 +19,7 @@ class Progress:
     stage: int = 0
     stage_step: int = 0
     stage_tokens: int = 0
+    step_tokens: int = 0
 
     def after_step(self, num_tokens: int) -> Progress:
         """The place after one more step that trained on `num_tokens`."""
@@ -27,12 +29,15 @@ class Progress:
             tokens=self.tokens + num_tokens,
             stage_step=self.stage_step + 1,
             stage_tokens=self.stage_tokens + num_tokens,
+            step_tokens=num_tokens,
         )
 
     def at_next_stage(self) -> Progress:
         """The same place, counted as the beginning of the next stage."""
         return dataclasses.replace(self, stage=self.stage + 1, stage_step=0, stage_tokens=0)
 
-    def crosses(self, num_tokens: int, every_tokens: int | None) -> bool:
-        """Whether the last step, of `num_tokens`, passed a multiple of `every_tokens`; never if that is None."""
-        return every_tokens is not None and self.tokens // every_tokens > (self.tokens - num_tokens) // every_tokens
+    def crosses(self, every_tokens: int | None) -> bool:
+        """Whether the last step passed a multiple of `every_tokens`; never if that is None."""
+        if every_tokens is None:
+            return False
+        return self.tokens // every_tokens > (self.tokens - self.step_tokens) // every_tokens

@@ -121,7 +121,7 @@ def train(run: Run, mesh: Mesh, why_orphaned: Callable[[], str | None] = lambda:
         )
         gate = open_gate(run, mesh, engine) if place.progress.step == 0 else None
         scores_above = scores_of_parent(run, parent) if gate and parent else {}
-        saving = Saving(run.checkpoint, mesh, folder, engine.content, run.tokens_a_step)
+        saving = Saving(run.checkpoint, mesh, folder, engine.content)
         saving.warn_of_little_room(run.num_bytes_of_checkpoint)
         loop = _Loop(
             run, mesh, folder, engine, journal, held_out, gate, scores_above, saving, stop, peak.flops * mesh.size,
@@ -176,12 +176,12 @@ class _Loop:
 
     def _run_steps(self, stage: Stage, order: StageOrder, loader: Loader, place: Place) -> tuple[Place, bool]:
         """The inner loop: the steps of `stage` from `place` on. The place after them; whether a signal ended them."""
-        run, num_windows, num_tokens = self.run, self.run.batch.windows, self.run.tokens_a_step
+        run = self.run
         schedule = build(stage.schedule, "Schedule", stage.total_tokens, place.rate_before_stage)
         is_last = False
         while not is_last:
             started, progress = time.perf_counter(), place.progress
-            first_slot = progress.stage_tokens // run.sequence_length
+            first_slot, num_windows = progress.stage_tokens // run.sequence_length, run.windows_at(stage, progress)
             seed_step(run.seed, progress.step, self.mesh.data_rank)
             batch = loader.batch(first_slot, num_windows)
             rate = schedule.rate(progress)
@@ -193,7 +193,8 @@ class _Loop:
             if result.skipped or not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
                 self._refuse_to_go_on(progress, order, batch, result)
             self.saving.poll()
-            place = place.after_step(num_tokens, rate, chain.lengthen(place.chain, order.identities(batch.windows)))
+            chained = chain.lengthen(place.chain, order.identities(batch.windows))
+            place = place.after_step(num_windows * run.sequence_length, rate, chained)
             self._record(stage, order, place, result, time.perf_counter() - started)
             if self.gate and (fault := self.gate.fault_after(place.progress.step)):
                 raise TrainingError(fault)
@@ -201,7 +202,7 @@ class _Loop:
             is_last = place.progress.stage_tokens >= stage.total_tokens
             if is_last:
                 self.engine.end_stage(place.progress)
-            if is_last or place.progress.crosses(num_tokens, run.evaluation.every_tokens):
+            if is_last or place.progress.crosses(run.evaluation.every_tokens):
                 self._score(place.progress, stage.name, stage_end=is_last)
             ledger = order.ledger_after(first_slot + num_windows)
             if is_last:
@@ -230,10 +231,11 @@ class _Loop:
         """Fill AdamW's moments at learning rate 0 on what the first stage begins with, if that is asked for."""
         if not self.run.warm_steps:
             return
-        stage, num_windows = self.run.stages[0], self.run.batch.windows
+        stage = self.run.stages[0]
+        num_windows = self.run.windows_at(stage, Progress())
         with self._open_loader(stage, order_of(self.run, place), place) as loader:
             for step in range(self.run.warm_steps):
-                first_slot = step % self.run.num_steps(stage) * num_windows
+                first_slot = step * num_windows % (self.run.num_slots(stage) - num_windows + 1)
                 batch = loader.batch(first_slot, num_windows)
                 self.engine.warm(batch.tokens, batch.sources, batch.starts)
         _log.info("filled AdamW's moments with %d steps at learning rate 0", self.run.warm_steps)
@@ -255,7 +257,7 @@ class _Loop:
         )
 
     def _record(self, stage: Stage, order: StageOrder, place: Place, result: StepResult, seconds: float) -> None:
-        progress, num_tokens = place.progress, self.run.tokens_a_step
+        progress, num_tokens = place.progress, place.progress.step_tokens
         names = order.source_names
         record = {
             "step": progress.step,

@@ -8,7 +8,7 @@ from cpt.progress import Progress
 
 
 def test_a_step_counts_in_the_run_and_in_the_stage():
-    assert Progress(3, 300, 1, 2, 200).after_step(50) == Progress(4, 350, 1, 3, 250)
+    assert Progress(3, 300, 1, 2, 200).after_step(50) == Progress(4, 350, 1, 3, 250, 50)
 
 
 def test_the_next_stage_begins_at_the_same_place_of_the_run():
@@ -30,9 +30,9 @@ def test_the_next_stage_begins_at_the_same_place_of_the_run():
     ],
 )
 def test_a_step_crosses_a_multiple_once(tokens, num_tokens, every_tokens, answer):
-    assert Progress(tokens=tokens).crosses(num_tokens, every_tokens) is answer
+    assert Progress(tokens=tokens, step_tokens=num_tokens).crosses(every_tokens) is answer
 
 
 def test_every_multiple_is_crossed_by_exactly_one_step():
-    places = [Progress(tokens=tokens) for tokens in range(7, 7 * 101, 7)]
-    assert sum(place.crosses(7, 50) for place in places) == 700 // 50
+    places = [Progress(tokens=tokens, step_tokens=7) for tokens in range(7, 7 * 101, 7)]
+    assert sum(place.crosses(50) for place in places) == 700 // 50

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from cpt.config import Fault, as_mapping, read_mapping, read_settings, write_yaml
+from cpt.progress import Progress
 from cpt.run import Run, differences, in_full, read_run
 
 SMALLEST = """
@@ -301,12 +302,11 @@ def test_what_only_alters_how_a_step_is_computed_is_free_to_change(file, word):
         ("stages.0.schedule.peak=1", ["stages.0.schedule.peak is 1.0, the run began with 0.0003"]),
         ("model.width=64", ["model.width is 64, the run began with 256"]),
         (
-            "methods=[reptile]",
+            "methods=[l2_to_start]",
             [
                 "methods is not set, the run began with []",
-                "methods.0.name is reptile, the run began with none",
-                "methods.0.every is 500, the run began with none",
-                "methods.0.step_size is 0.7, the run began with none",
+                "methods.0.name is l2_to_start, the run began with none",
+                "methods.0.strength is 0.1, the run began with none",
             ],
         ),
     ],
@@ -375,3 +375,55 @@ def test_a_run_that_an_earlier_release_began_lacks_nothing(file):
 def test_attention_is_the_models_own_custom_unless_told(file, attention, is_within):
     words = [f"attention={attention}"] if attention else []
     assert read_run([file(SMALLEST), *words]).is_within_documents == is_within
+
+
+GROWING = "stages.0.batch_warmup={windows: 4, tokens: 1000, increment: 2}"
+
+
+def test_a_batch_that_grows_is_counted_plateau_by_plateau(file):
+    """From 4 to 8 windows of 12 tokens by 2, over 1,000 tokens: it grows at 500 and at 1,000."""
+    words = [file(SMALLEST), GROWING, "batch={windows: 8, micro_batch: 2}", "sequence_length=12"]
+    run = read_run([*words, "stages.0.tokens=2000"])
+    (stage,) = run.stages
+    expected, tokens, sizes = [(0, 4), (499, 4), (500, 6), (999, 6), (1000, 8), (1999, 8)], 0, []
+    assert [(at, run.windows_at(stage, Progress(stage_tokens=at))) for at, _ in expected] == expected
+    while tokens < 2000:
+        sizes.append(run.windows_at(stage, Progress(stage_tokens=tokens)))
+        tokens += 12 * sizes[-1]
+    assert sizes == [4] * 11 + [6] * 7 + [8] * 11
+    assert run.num_steps(stage) == len(sizes) and run.num_slots(stage) == sum(sizes)
+    assert run.total_tokens == tokens == run.tokens_before_last_step(stage) + 96
+    assert run.num_steps(stage, 12 * sum(sizes[:13])) == len(sizes) - 13
+    assert run.num_slots(stage, 12 * sum(sizes[:13])) == sum(sizes)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["stages.0.batch_warmup={windows: 3, tokens: 10}"],
+         "stages.0.batch_warmup.windows = 3: it cannot grow by 3 at a time to batch.windows = 8; "
+         "set increment to one of 1, 5"),
+        (["stages.0.batch_warmup={windows: 9, tokens: 10}"],
+         "stages.0.batch_warmup.windows = 9: it cannot grow by 9 at a time to batch.windows = 8; begin with fewer"),
+        (["batch.micro_batch=null", GROWING],
+         "stages.0.batch_warmup.windows: batch.micro_batch must be told, because the windows of a step change"),
+        (["stages.0.batch_warmup={windows: 4, tokens: 3000}"],
+         "stages.0.batch_warmup.tokens = 3000: the stage has 2,000"),
+        (["stages.0.batch_warmup={windows: 0, tokens: 10}"], "stages.0.batch_warmup.windows = 0: at least 1"),
+    ],
+)  # fmt: skip
+def test_a_batch_that_cannot_grow_so_is_told(file, words, told):
+    settings = ["batch={windows: 8, micro_batch: 2}", "sequence_length=12", "stages.0.tokens=2000"]
+    with pytest.raises(Fault) as caught:
+        read_run([file(SMALLEST), *settings, *words])
+    assert told in caught.value.lines
+
+
+def test_ranks_must_divide_every_batch_on_the_way(file):
+    settings = ["batch={windows: 8, micro_batch: 2}", "sequence_length=12", "stages.0.tokens=2000"]
+    run = read_run([file(SMALLEST), *settings, GROWING])
+    assert run.faults_on(1) == []
+    assert run.faults_on(2) == [
+        "stages.0.batch_warmup.increment = 2: on 2 ranks that see different windows, in micro-batches of 2, it must be "
+        "a multiple of 4"
+    ]

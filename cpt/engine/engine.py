@@ -157,6 +157,7 @@ class Engine:
         counts = num_counting(tokens, starts)  # [B]
         size = self._settings.batch.micro_batch_on(self._mesh.data_size)
         micro_batches = cut(tokens, sources, starts, counts, size, self._mesh.device)
+        self._expect(len(micro_batches))
         mean_count = None if starts is None else self._mean_count(counts, len(micro_batches))
         by_window: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each micro-batch: sources and summed losses, [B]
 
@@ -262,6 +263,15 @@ class Engine:
         if with_methods:
             for method in self._methods:
                 self._load_method(method, checkpoint)
+
+    def _expect(self, num_micro_batches: int) -> None:
+        """Let DeepSpeed make its update after so many, where the batch has grown."""
+        engine = self._engine
+        if num_micro_batches != engine.gradient_accumulation_steps():
+            size = engine.train_micro_batch_size_per_gpu() * engine.dp_world_size
+            engine.set_train_batch_size(num_micro_batches * size)
+            engine.micro_steps = 0  # of which every multiple of the number ends a step
+            engine.optimizer.gradient_accumulation_steps = num_micro_batches  # ZeRO has a copy of its own
 
     def _mean_count(self, counts: torch.Tensor, num_micro_batches: int) -> torch.Tensor:
         """Targets that count in a micro-batch, the mean over all of the step; above 0. On the device: nothing waits.

@@ -14,13 +14,15 @@ Source: Abbes et al. 2025, arXiv:2508.01908; Nichol et al. 2018, arXiv:1803.0299
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from cpt.methods import Seams
+from cpt.parallel.mesh import Mesh
 from cpt.parallel.weights import Masters
 from cpt.progress import Progress
 
@@ -74,17 +76,21 @@ class Method(Seams):
         self._updates_since = 0
         self._num_windows = 0
         self._lengths: tuple[float, float] | None = None  # of the last window's way, and of what was made of it
+
+    @property
+    def num_copies(self) -> int:
+        """The anchor, and the velocity if there is one."""
+        return 2 if self.settings.momentum else 1
+
+    def meet(self, model: nn.Module, make_model: Callable[[], nn.Module], masters: Masters, mesh: Mesh) -> None:
+        """Warn of a step size that would stall learning."""
+        settings = self.settings
         if settings.step_size < _STALLS_BELOW and not settings.momentum:
             _log.warning(
                 "reptile.step_size = %g keeps %.0f%% of what each window of %d updates has learned: learning all but "
                 "stops; use 0.5 and more, or a learning rate that is %.0f times as high",
                 settings.step_size, 100 * settings.step_size, settings.every, 1 / settings.step_size,
             )  # fmt: skip
-
-    @property
-    def num_copies(self) -> int:
-        """The anchor, and the velocity if there is one."""
-        return 2 if self.settings.momentum else 1
 
     @torch.no_grad()
     def before_update(self, masters: Masters, progress: Progress) -> None:

@@ -98,10 +98,10 @@ def _stage_lines(run: Run, index: int, order: StageOrder, rate_before: float) ->
     stage = run.stages[index]
     num_steps = run.num_steps(stage)
     yield f"stage {stage.name}: {num_steps:,} steps"
-    yield from (f"  {line}" for line in share_table(order, num_steps * run.batch.windows))
+    yield from (f"  {line}" for line in share_table(order, run.num_slots(stage)))
     schedule = build(stage.schedule, "Schedule", stage.total_tokens, rate_before)
     rates = [
-        schedule.rate(Progress(stage=index, stage_tokens=int(num_steps * column / 59) * run.tokens_a_step))
+        schedule.rate(Progress(stage=index, stage_tokens=run.num_slots(stage) * column // 59 * run.sequence_length))
         for column in range(60)
     ]
     top = max(rates) or 1.0

@@ -32,10 +32,8 @@ class Saving:
         mesh: Mesh,
         folder: RunFolder,
         content: Callable[[dict[str, Any]], Content],
-        tokens_a_step: int,
     ) -> None:
         self._settings, self._mesh, self._folder, self._content = settings, mesh, folder, content
-        self._tokens_a_step = tokens_a_step
         self._saver = Saver(mesh)
         self._began = time.monotonic()  # of the last save, of any kind
         self._num_failed = 0
@@ -57,7 +55,7 @@ class Saving:
 
     def is_due(self, progress: Progress) -> bool:
         """Whether the last step passed a multiple of `every_tokens` or `keep_every_tokens`."""
-        return progress.crosses(self._tokens_a_step, self._settings.every_tokens) or self._is_for_ever(progress)
+        return progress.crosses(self._settings.every_tokens) or self._is_for_ever(progress)
 
     def is_asked_by_clock(self) -> bool:
         """Whether this rank's clock asks for a temporary checkpoint; the first rank's alone counts."""
@@ -124,7 +122,7 @@ class Saving:
         return self._saver.begin(target, content, lambda: self.settle(place, ledger), in_background=in_background)
 
     def _is_for_ever(self, progress: Progress) -> bool:
-        return progress.crosses(self._tokens_a_step, self._settings.keep_every_tokens)
+        return progress.crosses(self._settings.keep_every_tokens)
 
     def _tell(self, ended: Ended | None) -> str | None:
         """Tell how a save has ended; the failure, if it has failed."""

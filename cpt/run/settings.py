@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -24,6 +25,8 @@ from cpt.models.layers.cutting import faults_of_cut
 from cpt.models.layers.parting import blocks_of_parts, faults_of_parts, ranges_of
 from cpt.models.layers.sharing import faults_of_sharing
 from cpt.parallel import mesh
+from cpt.progress import Progress
+from cpt.run.batch_warmup import BatchWarmup
 from cpt_kernels import switch
 
 
@@ -62,6 +65,7 @@ class Stage:
     schedule: Any = field(metadata=chosen_from("cpt.schedules"))
     replay: Replay | None = None
     rope: Rope | None = None
+    batch_warmup: BatchWarmup | None = None
 
     def faults(self) -> list[str]:
         """A stage without sources or tokens, a schedule that does not fit into it."""
@@ -183,7 +187,7 @@ class Run:
 
     @property
     def tokens_a_step(self) -> int:
-        """Tokens of one step, all ranks together."""
+        """Tokens of one step, all ranks together, where no stage's batch is still growing."""
         return self.batch.windows * self.sequence_length
 
     def model_of(self, stage: int) -> Any:
@@ -211,13 +215,35 @@ class Run:
             return ranges_of(self.mesh.blocks_of_parts)
         return blocks_of_parts(self.model, self.sequence_length, self.mesh.pipeline)
 
+    def windows_at(self, stage: Stage, progress: Progress) -> int:
+        """Windows of the next step, all ranks together."""
+        if stage.batch_warmup is None:
+            return self.batch.windows
+        return stage.batch_warmup.windows_at(progress.stage_tokens, self.batch.windows, stage.total_tokens)
+
     def num_steps(self, stage: Stage, tokens_done: int = 0) -> int:
         """Whole steps that a stage's tokens take, or those that are left after `tokens_done`."""
-        return max(0, -(-(stage.total_tokens - tokens_done) // self.tokens_a_step))
+        return sum(number for number, _ in self._steps(stage, tokens_done))
 
     def num_slots(self, stage: Stage, tokens_done: int = 0) -> int:
         """Windows of a whole stage of which `tokens_done` are behind us, perhaps in steps of another size."""
-        return tokens_done // self.sequence_length + self.num_steps(stage, tokens_done) * self.batch.windows
+        to_come = sum(number * windows for number, windows in self._steps(stage, tokens_done))
+        return tokens_done // self.sequence_length + to_come
+
+    def tokens_before_last_step(self, stage: Stage) -> int:
+        """Tokens of a stage that are behind when its last step begins."""
+        *_, (_, windows) = self._steps(stage)
+        return (self.num_slots(stage) - windows) * self.sequence_length
+
+    def _steps(self, stage: Stage, tokens_done: int = 0) -> Iterator[tuple[int, int]]:
+        """How many steps of how many windows are still to come, in their order."""
+        ends = stage.batch_warmup.ends(self.batch.windows, stage.total_tokens) if stage.batch_warmup else []
+        for end in [*ends, stage.total_tokens]:
+            if tokens_done < end:
+                windows = self.windows_at(stage, Progress(stage_tokens=tokens_done))
+                number = -(-(min(end, stage.total_tokens) - tokens_done) // (windows * self.sequence_length))
+                yield number, windows
+                tokens_done += number * windows * self.sequence_length
 
     @property
     def num_bytes_of_checkpoint(self) -> int:
@@ -228,7 +254,7 @@ class Run:
     @property
     def total_tokens(self) -> int:
         """Tokens of the whole run, in whole steps."""
-        return sum(self.num_steps(stage) for stage in self.stages) * self.tokens_a_step
+        return sum(self.num_slots(stage) for stage in self.stages) * self.sequence_length
 
     def faults(self) -> list[str]:
         """Contradictions between parts."""
@@ -253,6 +279,12 @@ class Run:
                 "lower it or raise model.longest_sequence"
             )
         faults.extend(self._faults_of_hold_outs())
+        faults += [
+            f"stages.{index}.batch_warmup.{line}"
+            for index, stage in enumerate(self.stages)
+            if stage.batch_warmup and not stage.batch_warmup.faults()
+            for line in stage.batch_warmup.faults_with(self.batch.windows, self.batch.micro_batch, stage.total_tokens)
+        ]
         faults.extend(self._faults_of_mesh())
         if self.model is not None:
             faults.extend(self.recompute.faults_of(self.model.layers))
@@ -264,7 +296,21 @@ class Run:
 
     def faults_on(self, num_ranks: int) -> list[str]:
         """Why so many ranks cannot train it, with values that would do."""
-        return self.mesh.faults_on(num_ranks) or self.batch.faults_on(self.mesh.data_size(num_ranks))
+        if faults := self.mesh.faults_on(num_ranks):
+            return faults
+        unit = self.mesh.data_size(num_ranks) * (self.batch.micro_batch or 1)
+        counts = {
+            f"stages.{index}.batch_warmup.{name}": count
+            for index, stage in enumerate(self.stages)
+            if stage.batch_warmup
+            for name in ("windows", "increment")
+            if (count := getattr(stage.batch_warmup, name)) and count % unit
+        }
+        return self.batch.faults_on(self.mesh.data_size(num_ranks)) + [
+            f"{name} = {count}: on {self.mesh.data_size(num_ranks)} ranks that see different windows, in micro-batches "
+            f"of {self.batch.micro_batch}, it must be a multiple of {unit}"
+            for name, count in counts.items()
+        ]
 
     def _faults_of_mesh(self) -> list[str]:
         """A model that the axes cannot cut."""

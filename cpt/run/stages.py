@@ -61,8 +61,7 @@ def last_rate(run: Run, index: int, rate_before: float) -> float:
     """
     stage = run.stages[index]
     schedule = build(stage.schedule, "Schedule", stage.total_tokens, rate_before)
-    tokens = max(0, run.num_steps(stage) - 1) * run.tokens_a_step
-    return schedule.rate(Progress(stage=index, stage_tokens=tokens))
+    return schedule.rate(Progress(stage=index, stage_tokens=run.tokens_before_last_step(stage)))
 
 
 def corpora_of(run: Run) -> dict[str, Path]:

@@ -214,7 +214,7 @@ def test_pieces_longer_than_what_is_moved_at_once_are_moved_whole(monkeypatch):
 
 @pytest.mark.parametrize(("step_size", "momentum", "is_told"), [(0.1, 0.0, True), (0.3, 0.0, False), (0.1, 0.9, False)])
 def test_a_step_size_that_stalls_learning_is_warned_of(caplog, step_size, momentum, is_told):
-    method(500, step_size, momentum=momentum)
+    method(500, step_size, momentum=momentum).meet(None, None, None, None)
     told = "reptile.step_size = 0.1 keeps 10% of what each window of 500 updates has learned: learning all but stops"
     assert (told in caplog.text) == is_told
 
