@@ -120,6 +120,7 @@ def test_ranks_end_after_a_save_when_a_part_of_deepspeed_is_killed_and_the_same_
         told = (tmp_path / "out.txt").read_text()
         assert f"the launcher (process {found.pid}, {part}) is gone: this run saves after its next step" in told
         assert (run / "checkpoints" / "latest").read_text() == f"step-{runs.num_lines(run / 'metrics.jsonl'):08d}\n"
+    assert "exits with return code = 143" in told  # so launch says of the ranks that had lost their runner
     assert told.count("going on from") == 1 and "another process is training there" not in told
     assert_goes_on_from_a_stop(config, run, unbroken)
 
@@ -139,7 +140,7 @@ def test_a_process_whose_shell_ends_goes_on_to_its_end(data, tmp_path):
     plain["evaluation"]["every_tokens"] = plain["checkpoint"]["every_tokens"] = None
     config = runs.write_settings(tmp_path / "run.yaml", plain)
     in_background = ["nohup", "sh", "-c", '"$@" & wait; true', "sh", sys.executable]
-    shell = runs.start(config, folder=tmp_path, launcher=in_background, on_one_core=True)
+    shell = runs.start(config, folder=tmp_path, launcher=in_background, num_cores=1)
     runs.wait_for_step(tmp_path / "run", 5, shell)
     (process,) = processes_of(shell)
     os.killpg(shell.pid, signal.SIGHUP)  # as a terminal that is closed does; nohup makes it have no effect

@@ -82,15 +82,8 @@ def assert_goes_on_as_if_unbroken(config: Path, run: Path, unbroken: Path) -> st
     ((status, told),) = runs.cpt("train", config, f"output={run}", before=until)
     runs.cpt("train", config, f"output={unbroken}", before=until)
     assert status == 143
-    assert_same_but_for_checkpoints(runs.story(run), runs.story(unbroken))
+    runs.assert_same_but_for_checkpoints(runs.story(run), runs.story(unbroken))
     return told
-
-
-def assert_same_but_for_checkpoints(found: dict, expected: dict) -> None:
-    """A run that saved when it was stopped has kept other checkpoints, but as many, and the same last one."""
-    assert found["checkpoints"][-1] == expected["checkpoints"][-1]
-    assert len(found["checkpoints"]) == len(expected["checkpoints"])
-    runs.assert_same_story({**found, "checkpoints": []}, {**expected, "checkpoints": []})
 
 
 def test_killed_at_any_time_with_torn_last_lines_it_goes_on_from_its_last_checkpoint(endless, tmp_path):
@@ -127,7 +120,7 @@ def test_a_stop_near_the_ends_of_stages_is_saved_one_step_later_and_gone_on_with
     assert status == 143 and f"saved at step {step + 1}" in told
     assert last_step(run) == step + 1 and not (run / "finished.json").exists()
     runs.trained(config, f"output={run}")
-    assert_same_but_for_checkpoints(runs.story(run), unbroken)
+    runs.assert_same_but_for_checkpoints(runs.story(run), unbroken)
 
 
 @pytest.mark.parametrize("step", [FIRST + SECOND - 1, FIRST + SECOND])

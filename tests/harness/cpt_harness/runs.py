@@ -177,25 +177,27 @@ def _caught() -> Iterator[IO[bytes]]:
 
 
 def start(
-    *words: object, folder: Path, launcher: Sequence[object] = (), on_one_core: bool = False, **environment: str
+    *words: object, folder: Path, launcher: Sequence[object] = (), num_cores: int | None = None, **environment: str
 ) -> subprocess.Popen:
     """A real process `[LAUNCHER] launcher/run.py WORDS` in a process group of its own; writes to `folder`/out.txt.
 
-    Without a launcher it is on one core, because two threads that wait for one another are slow on a busy machine.
+    `num_cores`: how many it may use. Without a launcher one, because two threads that wait for one another are slow on
+    a busy machine; with as many as there are ranks each has one thread, as in the forked processes of `cpt`.
     """
     # As a shell would start it: nothing of pytest's path.
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "LOCAL_SIZE")}
     command = [*(launcher or [sys.executable]), ROOT / "launcher" / "run.py", *words]
+    num_cores = num_cores or (None if launcher else 1)
     with (folder / "out.txt").open("ab") as out:
         return subprocess.Popen(
             list(map(str, command)), cwd=folder, env={**clean, **environment}, stdout=out, stderr=out,
-            start_new_session=True, preexec_fn=_take_one_core if on_one_core or not launcher else None,
+            start_new_session=True, preexec_fn=(lambda: _take_cores(num_cores)) if num_cores else None,
         )  # fmt: skip
 
 
-def _take_one_core() -> None:
+def _take_cores(number: int) -> None:
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-number:])
 
 
 def wait_for(what: Callable[[], Any], why: str, seconds: float = SECONDS) -> Any:
@@ -208,14 +210,14 @@ def wait_for(what: Callable[[], Any], why: str, seconds: float = SECONDS) -> Any
     raise AssertionError(f"waited {seconds:.0f} s for: {why}")
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen | None = None) -> None:
+def wait_for_step(run: Path, step: int, process: subprocess.Popen | None = None, seconds: float = SECONDS) -> None:
     """Return when the run has told of that step."""
 
     def is_there() -> bool:
         assert process is None or process.poll() is None, f"ended with {process.returncode} before step {step}"
         return num_lines(run / "metrics.jsonl") >= step
 
-    wait_for(is_there, f"step {step} of {run}")
+    wait_for(is_there, f"step {step} of {run}", seconds)
 
 
 def end(process: subprocess.Popen, seconds: float = SECONDS) -> int:
@@ -285,6 +287,13 @@ def assert_same_story(found: dict[str, Any], expected: dict[str, Any]) -> None:
     for kind, tensors in expected["tensors"].items():
         for name, values in tensors.items():
             assert torch.equal(found["tensors"][kind][name], values), (kind, name)
+
+
+def assert_same_but_for_checkpoints(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """A run that saved when it was stopped has kept other checkpoints, but as many, and the same last one."""
+    assert found["checkpoints"][-1] == expected["checkpoints"][-1]
+    assert len(found["checkpoints"]) == len(expected["checkpoints"])
+    assert_same_story({**found, "checkpoints": []}, {**expected, "checkpoints": []})
 
 
 def copy(run: Path, to: Path) -> Path:
