@@ -285,7 +285,7 @@ class _Loop:
         """Score all held-out sources; the answers are the same on all ranks, the first one writes them."""
         records = []
         for name, held_out in self.held_out.items():
-            score = held_out.score(self.engine.score, self.mesh, self.run.evaluation.micro_batch)
+            score = held_out.score(self.engine.token_losses, self.mesh, self.run.evaluation.micro_batch)
             records.append(
                 {
                     "step": progress.step,
@@ -296,6 +296,8 @@ class _Loop:
                     "loss": score.loss,
                     "bits_per_byte": score.bits_per_byte,
                     "evaluated_tokens": score.num_tokens,
+                    "interval": score.interval,
+                    "interval_over": score.interval_over,
                 }
             )
         if records and progress.step not in self.journal.scored_steps:

@@ -54,22 +54,32 @@ def run(arguments: argparse.Namespace) -> int:
     device = next(model.parameters()).device
 
     @torch.no_grad()
-    def score(tokens: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
-        return model(*model_inputs(tokens, starts, device)).sum(dim=1, dtype=torch.float64).cpu()
+    def token_losses(tokens: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
+        return model(*model_inputs(tokens, starts, device)).cpu()
 
     within_documents = _is_within_documents(arguments.attention or trained.run_settings.get("attention"), trained)
     table = {}
     for name, path in paths.items():
         held_out = HeldOut(path, length, arguments.windows, within_documents)
-        found = held_out.score(score, Mesh(0, 1, 0, torch.device("cpu")), 16)
-        table[name] = {"loss": found.loss, "bits_per_byte": found.bits_per_byte, "tokens": found.num_tokens}
+        found = held_out.score(token_losses, Mesh(0, 1, 0, torch.device("cpu")), 16)
+        table[name] = {
+            "loss": found.loss,
+            "interval": found.interval,
+            "interval_over": found.interval_over,
+            "bits_per_byte": found.bits_per_byte,
+            "tokens": found.num_tokens,
+        }
     if arguments.json:
         print(json.dumps({"model": str(arguments.model), "sequence_length": length, "scores": table}, indent=1))
         return 0
-    print(f"{'corpus':<28} {'loss':>9} {'perplexity':>11} {'bits/byte':>10} {'tokens':>12}")
+    print(f"{'corpus':<28} {'loss':>9} {'95 %':>8} {'over':>16} {'perplexity':>11} {'bits/byte':>10} {'tokens':>12}")
     for name, row in table.items():
         bits = f"{row['bits_per_byte']:.4f}" if row["bits_per_byte"] is not None else "unknown"
-        print(f"{name:<28} {row['loss']:>9.4f} {math.exp(row['loss']):>11.2f} {bits:>10} {row['tokens']:>12,}")
+        interval = f"±{row['interval']:.4f}" if row["interval"] is not None else "unknown"
+        print(
+            f"{name:<28} {row['loss']:>9.4f} {interval:>8} {row['interval_over']:>16} {math.exp(row['loss']):>11.2f} "
+            f"{bits:>10} {row['tokens']:>12,}"
+        )
     return 0
 
 

@@ -212,7 +212,11 @@ class Engine:
 
         `starts` is as in `step`; how many targets count then is for the caller to know.
         """
-        return self._run.score(tokens, starts).cpu()
+        return self.token_losses(tokens, starts).sum(dim=1, dtype=torch.float64)
+
+    def token_losses(self, tokens: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
+        """Loss of each target of the windows `tokens` [B, S + 1] on this rank: [B, S] fp32, on CPU; as `score`."""
+        return self._run.token_losses(tokens, starts).cpu()
 
     def end_stage(self, progress: Progress) -> None:
         """Tell the methods that a stage has ended."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cpt.parallel.mesh import Mesh
+from cpt.parallel.sequence import PositionsHere
 from cpt_kernels import Documents
 from cpt_kernels.documents import model_inputs, num_counting
 
@@ -49,6 +50,11 @@ def cut(
     return [MicroBatch(tokens[p], sources[p], counts[p], None if starts is None else starts[p]) for p in parts]
 
 
+def put_here(losses: Tensor, whole: Tensor, mesh: Mesh) -> None:
+    """Copy the losses of this rank's positions [B, S / sequence.size] to where they stand in `whole` [B, S]."""
+    PositionsHere(mesh.sequence)(whole).copy_(losses)
+
+
 class OneByOne:
     """Takes one micro-batch after another through a model that has all its layers here. `engine` is DeepSpeed's."""
 
@@ -63,17 +69,19 @@ class OneByOne:
             self._engine.step()
 
     @torch.no_grad()
-    def score(self, tokens: Tensor, starts: Tensor | None) -> Tensor:
-        """Losses of each window of `tokens` [B, S + 1] summed over its targets, [B] float64 on the device."""
+    def token_losses(self, tokens: Tensor, starts: Tensor | None) -> Tensor:
+        """Losses of windows `tokens` [B, S + 1], fp32 [B, S] on the device, the same on all ranks that read them."""
         counts = num_counting(tokens, starts)
         (micro_batch,) = cut(tokens, counts, starts, counts, len(tokens), self._mesh.device)
         self._engine.eval()
         losses = self._engine(*micro_batch.inputs)  # [B, S / sequence.size]
         self._engine.train()
-        total = losses.sum(dim=1, dtype=torch.float64)
-        if self._mesh.sequence.size > 1:
-            torch.distributed.all_reduce(total, group=self._mesh.sequence.handle)
-        return total
+        if self._mesh.sequence.size == 1:
+            return losses
+        whole = torch.zeros(len(tokens), tokens.shape[1] - 1, device=self._mesh.device)
+        put_here(losses, whole, self._mesh)
+        torch.distributed.all_reduce(whole, group=self._mesh.sequence.handle)
+        return whole
 
     def differing_copies(self) -> list[str]:
         """Nothing lies twice along an axis of the mesh that is not here."""

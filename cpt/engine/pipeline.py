@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpt.engine.micro_batches import LossOf, MicroBatch, cut
+from cpt.engine.micro_batches import LossOf, MicroBatch, cut, put_here
 from cpt.parallel.mesh import Mesh
 from cpt.parallel.weights import fingerprint
 from cpt_kernels.documents import num_counting
@@ -68,25 +68,25 @@ class Pipeline:
         self._loss_of = loss_of
         self._engine.train_batch(self._announce(micro_batches))
 
-    def score(self, tokens: Tensor, starts: Tensor | None) -> Tensor:
-        """Losses of each window of `tokens` [B, S + 1] summed over its targets, [B] float64 on the device."""
+    def token_losses(self, tokens: Tensor, starts: Tensor | None) -> Tensor:
+        """Losses of windows `tokens` [B, S + 1], fp32 [B, S] on the device, the same on all ranks that read them."""
         counts = num_counting(tokens, starts)
         micro_batches = cut(tokens, counts, starts, counts, len(tokens), self._mesh.device)
-        total = torch.zeros(len(tokens), dtype=torch.float64, device=self._mesh.device)
+        whole = torch.zeros(len(tokens), tokens.shape[1] - 1, device=self._mesh.device)
 
-        def add(micro_batch: MicroBatch, losses: Tensor) -> Tensor:
-            total.copy_(losses.sum(dim=1, dtype=torch.float64))
+        def keep(micro_batch: MicroBatch, losses: Tensor) -> Tensor:
+            put_here(losses, whole, self._mesh)
             return losses.mean()
 
-        self._loss_of = add
+        self._loss_of = keep
         self._engine.eval_batch(
             self._announce(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=1
         )
         self._engine.train()
         for group in (self._mesh.sequence, self._mesh.pipeline):  # parts without the head add zeros
             if group.size > 1:
-                torch.distributed.all_reduce(total, group=group.handle)
-        return total
+                torch.distributed.all_reduce(whole, group=group.handle)
+        return whole
 
     def differing_copies(self) -> list[str]:
         """The name of a tied embedding that is not the same on both of its parts; both must call it."""

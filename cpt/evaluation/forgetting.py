@@ -31,11 +31,15 @@ START = "start"
 
 @dataclass(frozen=True)
 class Score:
-    """One source in one evaluation: the loss in nats a token, and bits per byte of text where bytes are known."""
+    """One source in one evaluation: the loss in nats a token, and bits per byte of text where bytes are known.
+
+    `interval`: half the width of the 95 % interval around the loss, None where it is not known.
+    """
 
     loss: float
     bits_per_byte: float | None = None
     evaluated_tokens: int | None = None
+    interval: float | None = None
 
 
 @dataclass(frozen=True)
@@ -111,11 +115,12 @@ def parse(line: Mapping[str, object], number: int) -> ScoreRow:
     if missing:
         raise Fault(f"score line {number} has no {' and no '.join(missing)}")
     try:
-        bits, evaluated = line.get("bits_per_byte"), line.get("evaluated_tokens")
+        bits, evaluated, interval = (line.get(name) for name in ("bits_per_byte", "evaluated_tokens", "interval"))
         score = Score(
             loss=float(line["loss"]),
             bits_per_byte=None if bits is None else float(bits),
             evaluated_tokens=None if evaluated is None else int(evaluated),
+            interval=None if interval is None else float(interval),
         )
         return ScoreRow(
             step=int(line["step"]),

@@ -1,6 +1,10 @@
 """Score a model on held-out corpora: the same windows every time, divided over the ranks, summed exactly.
 
-Letters: B windows, S sequence length.
+Losses are summed document by document, for the interval around their mean. A document that goes on in the next window
+is one if both windows are scored; cut by a window that is not, it counts by its parts. Where no document begins in any
+of the windows, because the files do not tell documents apart or all are longer, windows stand for documents.
+
+Letters: B windows, S sequence length, W windows in all, G documents or parts of them.
 """
 
 from __future__ import annotations
@@ -8,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +21,8 @@ import torch
 from cpt.config import Fault
 from cpt.data.check import refuse_strange_ids
 from cpt.data.corpus import Corpus
+from cpt.evaluation.interval import half_width
 from cpt.parallel.mesh import Mesh
-from cpt_kernels.documents import num_counting
 
 
 @dataclass(frozen=True)
@@ -40,13 +45,22 @@ class Settings:
         return faults + ([] if self.micro_batch >= 1 else [f"micro_batch = {self.micro_batch}: at least 1"])
 
 
+_LOOKED_UP_AT_ONCE = 1024  # windows
+
+
 @dataclass(frozen=True)
 class Score:
-    """`loss` in nats a token; `bits_per_byte` is None if the corpus does not know its bytes."""
+    """`loss` in nats a token; `bits_per_byte` is None if the corpus does not know its bytes.
+
+    `interval`: half the width of the 95 % interval around `loss`; None over fewer than two documents. `interval_over`:
+    how many documents, parts of them or windows it was made of.
+    """
 
     loss: float
     bits_per_byte: float | None
     num_tokens: int
+    interval: float | None
+    interval_over: str  # "113 documents"
 
 
 class HeldOut:
@@ -87,13 +101,14 @@ class HeldOut:
             places = first_token + self._ids * sequence_length
             refuse_strange_ids(self.corpus, places, self.first_windows(number).numpy(), vocabulary)
 
-    def score(self, score: Callable[..., torch.Tensor], mesh: Mesh, micro_batch: int) -> Score:
+    def score(self, token_losses: Callable[..., torch.Tensor], mesh: Mesh, micro_batch: int) -> Score:
         """The mean over all targets of its windows that count. All ranks call it.
 
-        `score` maps tokens [B, S + 1] to summed losses [B]; within documents it is also given, bool [B, S + 1], which
-        tokens begin one. Raises Fault if no target counts.
+        `token_losses` maps tokens [B, S + 1] to losses [B, S] on the CPU, 0 for targets that do not count; within
+        documents it is also given, bool [B, S + 1], which tokens begin one. Raises Fault if no target counts.
         """
-        sums = torch.zeros(2, dtype=torch.float64)
+        first_clusters, is_over_documents = self._clusters
+        sums = torch.zeros(2, int(first_clusters[-1]), dtype=torch.float64)  # of each document: losses, targets
         # Every rank makes the same number of forward passes, because under ZeRO-3 each pass gathers weights from all.
         a_turn = micro_batch * mesh.data_size
         for first in range(0, len(self._ids), a_turn):
@@ -102,27 +117,45 @@ class HeldOut:
             asked = mine if len(mine) else turn[:1]
             tokens = torch.from_numpy(self.corpus.windows(asked, self._sequence_length, self._first_token))
             starts = self._starts(asked)
-            losses = score(tokens) if starts is None else score(tokens, starts)
+            losses = token_losses(tokens, starts) if self._within_documents else token_losses(tokens)
             if len(mine):
-                counts = num_counting(tokens, starts)
-                sums += torch.tensor([float(losses.sum()), float(counts.sum())], dtype=torch.float64)
-        total, num_tokens = mesh.sum_over_data(sums.to(mesh.device)).tolist()
+                places = first_clusters[first + mesh.data_rank : first + len(turn) : mesh.data_size, None]
+                clusters = (places + starts[:, 1:].cumsum(dim=1) if is_over_documents else places).expand(losses.shape)
+                counts = ~starts[:, 1:] if self._within_documents else torch.ones_like(losses)
+                for row, values in zip(sums, (losses, counts), strict=True):
+                    row.index_add_(0, clusters.flatten(), values.flatten().double())
+        sums = mesh.sum_over_data(sums.to(mesh.device)).cpu()
+        total, num_tokens = sums.sum(dim=1).tolist()
         if not num_tokens:
             raise Fault(
                 f"{self.corpus.path}: every target in its windows begins a document, so that none can be scored; "
                 "hold out longer documents, or score with attention across_documents"
             )
         loss = total / num_tokens
-        return Score(loss, bits_per_byte(loss, self.corpus), int(num_tokens))
+        over = f"{int((sums[1] > 0).sum())} {'documents' if is_over_documents else 'windows'}"
+        return Score(loss, bits_per_byte(loss, self.corpus), int(num_tokens), half_width(*sums), over)
 
     def first_windows(self, number: int) -> torch.Tensor:
         """The first of its windows, up to that many: tokens [B, S + 1]."""
         return torch.from_numpy(self.corpus.windows(self._ids[:number], self._sequence_length, self._first_token))
 
-    def _starts(self, ids: np.ndarray) -> torch.Tensor | None:
-        """Which tokens of these windows begin a document, [B, S + 1]; None across documents."""
-        if not self._within_documents:
-            return None
+    @cached_property
+    def _clusters(self) -> tuple[torch.Tensor, bool]:
+        """The number of the document that the first target of each window is of, and last how many there are, int64
+        [W + 1]; whether they are documents, or windows. The same on every rank.
+        """
+        begun = [
+            self._starts(self._ids[first : first + _LOOKED_UP_AT_ONCE])[:, 1:].sum(dim=1)
+            for first in range(0, len(self._ids), _LOOKED_UP_AT_ONCE)
+        ]
+        num_begun = torch.cat(begun)  # in each window
+        if not num_begun.any():
+            return torch.arange(len(self._ids) + 1), False
+        goes_on = torch.from_numpy(np.diff(self._ids, append=-1) == 1)  # in the next of the windows
+        return torch.nn.functional.pad((num_begun + ~goes_on).cumsum(dim=0), (1, 0)), True
+
+    def _starts(self, ids: np.ndarray) -> torch.Tensor:
+        """Which tokens of these windows begin a document, bool [B, S + 1]."""
         first_tokens = self._first_token + ids * self._sequence_length
         return torch.from_numpy(self.corpus.document_starts(first_tokens, self._sequence_length + 1))
 

@@ -61,7 +61,7 @@ class Journal:
             return
         for record in records:
             self._files["scores"].write(record)
-        told = "  ".join(f"{r['source']} {r['loss']:.4f}" for r in records)
+        told = "  ".join(f"{r['source']} {r['loss']:.4f}{_more_or_less(r)}" for r in records)
         _log.info("held out at step %d: %s", records[0]["step"], told)
 
     def close(self) -> None:
@@ -79,3 +79,8 @@ class Journal:
             f"loss={record['loss']:.4f} {by_source} lr={record['learning_rate']:.3e} norm={record['grad_norm']:.3f} "
             f"tok/s={record['tokens_per_second']:.0f} mfu={record['mfu']:.1%} left={as_duration(left)}"
         )
+
+
+def _more_or_less(score: dict[str, Any]) -> str:
+    """` ±0.0123`, the interval around a loss; nothing where it is not known."""
+    return "" if score.get("interval") is None else f" ±{score['interval']:.4f}"

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cpt.evaluation import best, forgetting, last, rise
+from cpt.evaluation import Score, best, forgetting, last, rise
 from cpt.report.runs import RunRecord
 
 NOTICEABLE = 0.01  # nats a token; a smaller difference is told as none
@@ -99,10 +99,7 @@ def matrix_tables(run: RunRecord, width: int) -> list[Table]:
                             else row.stage + (", end" if row.is_stage_end else ""),
                             str(row.step),
                             tokens_cell(row.tokens),
-                            *(
-                                loss_cell(row.scores[source].loss if source in row.scores else None)
-                                for source in chosen
-                            ),
+                            *(score_cell(row.scores.get(source)) for source in chosen),
                         )
                         for row in rows
                     ),
@@ -208,6 +205,13 @@ def listing(things: Sequence[str]) -> str:
 def loss_cell(loss: float | None) -> str:
     """A loss with three decimals, a dash if there is none."""
     return "-" if loss is None else f"{loss:.3f}"
+
+
+def score_cell(score: Score | None) -> str:
+    """A loss with the half width of its 95 % interval, if that is known: 3.412 ±0.021."""
+    if score is None or score.interval is None:
+        return loss_cell(score.loss if score else None)
+    return f"{loss_cell(score.loss)} ±{score.interval:.3f}"
 
 
 def difference_cell(difference: float | None) -> str:

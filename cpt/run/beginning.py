@@ -123,7 +123,7 @@ def open_gate(run: Run, mesh: Mesh, engine: Engine) -> StartGate | None:
         return None
     path = next(iter([*run.evaluation.held_out.values(), *(s.corpus for s in run.stages[0].sources.values())]))
     text = HeldOut(path, run.sequence_length, run.gate.windows, run.is_within_documents)
-    gate = StartGate(run.gate, lambda: text.score(engine.score, mesh, run.evaluation.micro_batch).loss)
+    gate = StartGate(run.gate, lambda: text.score(engine.token_losses, mesh, run.evaluation.micro_batch).loss)
     if run.weights:
         size = run.model.num_parameters
         tokens = fitted(_in_old_tokens(run, text.first_windows(run.gate.windows)), size)

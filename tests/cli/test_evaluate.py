@@ -44,6 +44,8 @@ def assert_same_scores(found: dict, run: Path) -> None:
         assert score["loss"] == pytest.approx(own[name]["loss"], abs=1e-5)
         assert score["bits_per_byte"] == pytest.approx(own[name]["bits_per_byte"], abs=1e-5)
         assert score["tokens"] == own[name]["evaluated_tokens"]
+        assert score["interval"] == pytest.approx(own[name]["interval"], abs=1e-5)
+        assert score["interval_over"] == own[name]["interval_over"]
 
 
 def test_a_run_is_scored_on_its_own_held_out_corpora_as_it_scored_itself(child, capsys):
@@ -65,8 +67,10 @@ def test_an_earlier_checkpoint_gets_its_own_scores(child, capsys):
 def test_the_table_has_a_line_for_each_corpus(child, capsys):
     assert main(["evaluate", str(child)]) == 0
     head, prose, code = capsys.readouterr().out.splitlines()
-    assert head.split() == ["corpus", "loss", "perplexity", "bits/byte", "tokens"]
-    assert prose.split()[0] == "prose" and f"{last_scores(child)['code']['loss']:.4f}" in code
+    assert head.split() == ["corpus", "loss", "95", "%", "over", "perplexity", "bits/byte", "tokens"]
+    own = last_scores(child)["code"]
+    assert prose.split()[0] == "prose" and f"{own['loss']:.4f}" in code
+    assert f"±{own['interval']:.4f}" in code and own["interval_over"] in code
 
 
 def test_windows_and_sequence_length_can_be_chosen(child, capsys):

@@ -14,6 +14,7 @@ from cpt.config import Fault
 from cpt.data.corpus import Corpus
 from cpt.data.shards import ShardWriter
 from cpt.evaluation.held_out import HeldOut, bits_per_byte
+from cpt.evaluation.interval import half_width
 from cpt.parallel.mesh import Mesh
 
 LENGTH = 8
@@ -30,15 +31,15 @@ class OneOfThree(Mesh):
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         SUMS.append(tensor.clone())
-        return tensor + torch.tensor([0.0, 1e-300], dtype=tensor.dtype)  # a rank without windows has no mean of its own
+        return tensor + torch.tensor([[0.0], [1e-300]], dtype=tensor.dtype)  # a rank without windows has no mean
 
 
 SUMS: list[torch.Tensor] = []
 
 
 def loss_of(tokens: torch.Tensor) -> torch.Tensor:
-    """A summed loss [B] that tells windows apart."""
-    return (tokens[:, 1:].double() / 100).sqrt().sum(dim=1)
+    """Losses [B, S] that tell windows and tokens apart."""
+    return (tokens[:, 1:].double() / 100).sqrt()
 
 
 def brute_force(corpus: Corpus, ids: list[int]) -> float:
@@ -86,7 +87,7 @@ def test_three_ranks_together_score_what_one_does_in_equally_many_passes(path, n
         )
         passes.append(len(calls))
         largest = max(largest, *calls)
-    total, num_tokens = torch.stack(SUMS).sum(dim=0).tolist()
+    total, num_tokens = torch.stack(SUMS).sum(dim=(0, 2)).tolist()
     alone = held_out.score(loss_of, ALONE, micro_batch)
     assert num_tokens == alone.num_tokens == num_windows * LENGTH
     assert total / num_tokens == pytest.approx(alone.loss, rel=1e-12)
@@ -121,7 +122,7 @@ def test_a_corpus_shorter_than_one_window_is_a_fault(tmp_path):
 def loss_within(tokens: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     """`loss_of` the targets that begin no document."""
     assert starts.dtype is torch.bool and starts.shape == tokens.shape
-    return (tokens[:, 1:].double() / 100).sqrt().masked_fill(starts[:, 1:], 0.0).sum(dim=1)
+    return (tokens[:, 1:].double() / 100).sqrt().masked_fill(starts[:, 1:], 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def test_three_ranks_together_count_the_targets_that_one_does(documents, num_win
     SUMS.clear()
     for rank in range(3):
         held_out.score(loss_within, OneOfThree(rank), 2)
-    total, num_tokens = torch.stack(SUMS).sum(dim=0).tolist()
+    total, num_tokens = torch.stack(SUMS).sum(dim=(0, 2)).tolist()
     alone = held_out.score(loss_within, ALONE, 2)
     assert num_tokens == alone.num_tokens and total / num_tokens == pytest.approx(alone.loss, rel=1e-12)
 
@@ -190,3 +191,58 @@ def test_a_range_without_a_window_is_a_fault_and_one_outside_an_error(documents)
 def test_padding_is_no_text_and_has_no_bytes(tmp_path):
     path = corpus_of_documents(tmp_path / "padded", [[60] + [1] * 20], num_bytes=240, num_padding=20)
     assert bits_per_byte(4 * math.log(2), Corpus.open(path)) == pytest.approx(1.0, rel=1e-12)
+
+
+# ---- which documents the interval is over
+
+
+def interval_over(documents: dict[int, list[int]], counted: set[int]) -> float:
+    """The half width over documents, each given as its tokens."""
+    of_each = [[math.sqrt(t / 100) for t in tokens if t in counted] for tokens in documents.values()]
+    losses, counts = ([f(tokens) for tokens in of_each] for f in (math.fsum, len))
+    return half_width(torch.tensor(losses, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("within_documents", [False, True])
+@pytest.mark.parametrize(("num_windows", "ids"), [(0, range(20)), (3, [0, 6, 13]), (7, [0, 2, 5, 8, 11, 14, 17])])
+def test_the_interval_is_over_documents_and_one_cut_by_windows_that_are_not_scored_is_its_parts(
+    documents, num_windows, ids, within_documents
+):
+    begun = [10, 13, 14, 15, *range(50, 81)]
+    of_each: dict[tuple[int, int], list[int]] = {}
+    part, before = 0, None
+    for i in ids:
+        part += before is not None and i != before + 1
+        before = i
+        for token in range(i * LENGTH + 1, (i + 1) * LENGTH + 1):
+            of_each.setdefault((sum(first <= token for first in begun), part), []).append(token)
+    counted = set(range(161)) - (set(begun) if within_documents else set())
+    held_out = HeldOut(documents, LENGTH, num_windows, within_documents)
+    for micro_batch in (1, 3, 64):
+        score = held_out.score(loss_within if within_documents else loss_of, ALONE, micro_batch)
+        assert score.interval == pytest.approx(interval_over(of_each, counted), rel=1e-12)
+        num_counting = sum(not counted.isdisjoint(tokens) for tokens in of_each.values())
+        assert score.interval_over == f"{num_counting} documents"
+
+
+@pytest.mark.parametrize("num_windows", [1, 5, 20])
+def test_three_ranks_together_have_the_interval_that_one_has(documents, num_windows):
+    held_out = HeldOut(documents, LENGTH, num_windows, within_documents=True)
+    SUMS.clear()
+    for rank in range(3):
+        held_out.score(loss_within, OneOfThree(rank), 2)
+    alone = held_out.score(loss_within, ALONE, 2)
+    together = half_width(*torch.stack(SUMS).sum(dim=0))
+    assert together == (alone.interval and pytest.approx(alone.interval, rel=1e-12))
+
+
+def test_where_no_document_begins_windows_stand_for_documents(path):
+    score = HeldOut(path, LENGTH, 10).score(loss_of, ALONE, 4)
+    windows = {i: list(range(i * LENGTH + 1, (i + 1) * LENGTH + 1)) for i in range(0, 50, 5)}
+    assert score.interval_over == "10 windows"
+    assert score.interval == pytest.approx(interval_over(windows, set(range(401))), rel=1e-12)
+
+
+def test_one_window_alone_has_no_interval(path):
+    score = HeldOut(path, LENGTH, 1).score(loss_of, ALONE, 4)
+    assert (score.interval, score.interval_over) == (None, "1 windows")

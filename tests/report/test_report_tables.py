@@ -90,6 +90,25 @@ def test_the_matrix_has_the_milestones_and_below_them_forgetting_and_rise():
     ]
 
 
+def test_the_matrix_shows_the_interval_around_a_score_where_it_is_known():
+    known = {"step": 0, "stage": "start", "source": "prose", "loss": 3.1, "interval": 0.0214}
+    lines = [known, {**known, "source": "code", "interval": None}]
+    text = matrix_text(RunRecord(Path("base"), "base", None, (), score_matrix(lines), settings=""))
+    assert text.split("\n")[2].split() == [
+        "before",
+        "the",
+        "first",
+        "step",
+        "|",
+        "0",
+        "0",
+        "|",
+        "3.100",
+        "±0.021",
+        "3.100",
+    ]
+
+
 def test_a_matrix_of_many_sources_is_cut_into_pieces_that_fit():
     run = record("wide", {f"source number {number}": [3.0, 2.0] for number in range(7)})
     text = matrix_text(run, width=80)

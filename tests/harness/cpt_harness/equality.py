@@ -68,7 +68,7 @@ def make(name: str) -> Callable[[], nn.Module]:
 def train(
     mesh: Mesh, name: str, zero: int, precision: str = "fp32", documents: bool = False, **more: Any
 ) -> dict[str, Any]:
-    """What the steps tell on this rank, the losses of the first step's windows after them, and this rank's masters."""
+    """What the steps tell on this rank, token losses of the first windows after them, and this rank's masters."""
     # With AdamW's usual epsilon a gradient that is 0 but for rounding, such as of Pythia's key biases, moves weights.
     more = {"micro_batch": 2, "epsilon": 1e-4, **more}
     engine = tiny.start_engine(mesh, zero=zero, model=make(name), precision=precision, **more)
@@ -78,7 +78,9 @@ def train(
         "loss": [r.loss for r in results],
         "norm": [r.grad_norm for r in results],
         "by_source": [[r.loss_by_source[0], r.loss_by_source[1]] for r in results],
-        "scores": engine.score(tiny.windows_of_step(0)[:3], starts_of_step(0)[:3] if documents else None).tolist(),
+        "scores": engine.token_losses(tiny.windows_of_step(0)[:3], starts_of_step(0)[:3] if documents else None)
+        .flatten()
+        .tolist(),
         "differing": engine.differing_copies(),
         "fragments": tiny.fragments(engine),
     }
@@ -97,7 +99,7 @@ def assert_near(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
     """Losses, norms, scores and masters of two trainings are the same but for the order of sums."""
     assert found["loss"] == pytest.approx(expected["loss"], abs=tolerance)
     assert found["norm"] == pytest.approx(expected["norm"], abs=tolerance)
-    # A sum over a window's targets.
+    # Of single targets, which no mean smooths.
     assert found["scores"] == pytest.approx(expected["scores"], abs=tolerance * tiny.LENGTH)
     assert torch.tensor(found["by_source"]).sub(torch.tensor(expected["by_source"])).abs().max() < tolerance
     assert found["masters"].keys() == expected["masters"].keys()
