@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from cpt.config import Fault
 from cpt.lineage import chain
 from cpt.lineage.areas import Areas
 from cpt.lineage.ledger import Ledger
@@ -13,11 +14,25 @@ from cpt.progress import Progress
 
 
 @dataclass(frozen=True)
+class StageBehind:
+    """The stage that ended last: its tokens, and the lineage's ledger when it began."""
+
+    tokens: int
+    ledger_before: Ledger
+
+    def as_json(self) -> dict[str, Any]:
+        """For `state.json`."""
+        return {"tokens": self.tokens, "ledger_before": self.ledger_before.as_json()}
+
+
+@dataclass(frozen=True)
 class Place:
     """What `state.json` of a checkpoint holds of the run. `rate`: learning rate of the last step. `areas`: of this
     run's steps.
 
-    The ledger is kept as it was when the stage began, because the order of the stage is a function of that.
+    The ledger is kept as it was when the stage began, because the order of the stage is a function of that; so is the
+    one of the stage before, and how long that was, for a child that goes on with it from its end.
+    `continued`: where in a stage of its parent a run began that goes on with that stage's windows.
     """
 
     progress: Progress = Progress()
@@ -26,6 +41,8 @@ class Place:
     rate: float = 0.0
     chain: str = chain.START
     areas: Areas = Areas()
+    stage_behind: StageBehind | None = None
+    continued: Progress | None = None
 
     def after_step(self, num_tokens: int, rate: float, chain_after: str) -> Place:
         """The place after one more step of the stage."""
@@ -35,7 +52,11 @@ class Place:
     def at_next_stage(self, ledger: Ledger) -> Place:
         """The same place as the beginning of the next stage; `ledger` is the lineage's now."""
         return dataclasses.replace(
-            self, progress=self.progress.at_next_stage(), ledger_before_stage=ledger, rate_before_stage=self.rate
+            self,
+            progress=self.progress.at_next_stage(),
+            ledger_before_stage=ledger,
+            rate_before_stage=self.rate,
+            stage_behind=StageBehind(self.progress.stage_tokens, self.ledger_before_stage),
         )
 
     def as_json(self, ledger: Ledger) -> dict[str, Any]:
@@ -48,6 +69,8 @@ class Place:
             "rate": self.rate,
             "chain": self.chain,
             "areas": dataclasses.asdict(self.areas),
+            "stage_behind": self.stage_behind and self.stage_behind.as_json(),
+            "continued": self.continued and dataclasses.asdict(self.continued),
         }
 
     @staticmethod
@@ -55,8 +78,17 @@ class Place:
         """The place that a checkpoint was saved at."""
         ledger = Ledger.from_json(state["ledger_before_stage"])
         rates = state["rate_before_stage"], state["rate"]
-        areas = Areas(**state.get("areas", {}))  # earlier versions had none
-        return Place(Progress(**state["progress"]), ledger, *rates, state["chain"], areas)
+        areas = Areas(**state.get("areas", {}))  # earlier versions had none, nor what follows
+        behind, continued = state.get("stage_behind"), state.get("continued")
+        return Place(
+            Progress(**state["progress"]),
+            ledger,
+            *rates,
+            state["chain"],
+            areas,
+            StageBehind(behind["tokens"], Ledger.from_json(behind["ledger_before"])) if behind else None,
+            Progress(**continued) if continued else None,
+        )
 
     @staticmethod
     def of_child(state: dict[str, Any]) -> Place:
@@ -64,3 +96,23 @@ class Place:
         rate = state["rate"]
         ledger = Ledger.from_json(state["ledger"]).as_inherited()
         return Place(ledger_before_stage=ledger, rate_before_stage=rate, rate=rate, areas=Areas(rate=rate))
+
+    def going_on_with_stage_of(self, above: Place, num_stages_above: int) -> Place:
+        """This first place of a child, if its first stage goes on with the one in which its parent stood at `above`.
+
+        At the end of the parent, whose stages are so many, that is its last one. Raises Fault if it cannot be known.
+        """
+        origin, ledger = above.progress, above.ledger_before_stage
+        if origin.stage == num_stages_above:
+            if above.stage_behind is None:
+                raise Fault(
+                    "stages.0.continues: the parent's last checkpoint is of a version that did not keep how its last "
+                    "stage began; name an earlier step of the parent, or leave continues out"
+                )
+            ledger = above.stage_behind.ledger_before
+            origin = Progress(stage=origin.stage - 1, stage_tokens=above.stage_behind.tokens)
+        if above.continued and origin.stage == 0:
+            tokens = above.continued.stage_tokens + origin.stage_tokens
+            origin = dataclasses.replace(above.continued, stage_tokens=tokens)
+        continued = Progress(stage=origin.stage, stage_tokens=origin.stage_tokens)
+        return dataclasses.replace(self, ledger_before_stage=ledger, continued=continued)

@@ -9,6 +9,7 @@ dataclasses, and folders of choices.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import types
 import typing
@@ -25,13 +26,15 @@ from cpt.config.yaml_text import from_yaml
 _MULTIPLES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
-def read_mapping(words: Sequence[str]) -> dict[str, Any]:
+def read_mapping(words: Sequence[str], beneath: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """One mapping from command-line words: YAML files merged left to right, then `key=value` and `a.b=value`.
+
+    They are merged into a copy of `beneath`, if that is given.
 
     Raises Fault with all of: a file that is missing or is not YAML, a word that is neither file nor key=value.
     """
     faults: list[str] = []
-    merged: dict[str, Any] = {}
+    merged: dict[str, Any] = copy.deepcopy(dict(beneath or {}))
     for word in words:
         try:
             part = _read_assignment(word) if _is_assignment(word) else _read_file(Path(word))

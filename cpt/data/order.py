@@ -49,15 +49,22 @@ class Windows:
 class StageOrder:
     """The order of one stage. `ledger`: what the lineage had consumed when the stage began.
 
+    `num_slots_before`: the stage began in another run, so many slots ago; all that is asked here counts from there on.
     Sources are numbered: the new ones as the stage names them, then one for each entry that replay may draw from, named
     `replay/<source>`. Raises Fault with everything that cannot work: a corpus that is not there or too short, replay
     without a past, a corpus of the past that has changed since or was cut into windows of another length.
     """
 
     def __init__(
-        self, sources: Mapping[str, Source], replay: Replay | None, ledger: Ledger, sequence_length: int, seed: int
+        self,
+        sources: Mapping[str, Source],
+        replay: Replay | None,
+        ledger: Ledger,
+        sequence_length: int,
+        seed: int,
+        num_slots_before: int = 0,
     ) -> None:
-        self.sequence_length = sequence_length
+        self.sequence_length, self._num_slots_before = sequence_length, num_slots_before
         self._sources, self._replay = sources, replay or Replay()
         self._ledger, self._seed = ledger, seed
         faults: list[str] = []
@@ -103,7 +110,7 @@ class StageOrder:
 
     def windows(self, first_slot: int, num_slots: int) -> Windows:
         """The windows of `num_slots` slots from `first_slot` on, in order."""
-        slots = np.arange(first_slot, first_slot + num_slots, dtype=np.int64)
+        slots = np.arange(num_slots, dtype=np.int64) + self._num_slots_before + first_slot
         of_mixture, draws = self.mixture.sources(slots), self.mixture.draws(slots)
         stream = of_mixture.copy()
         epoch, position = np.zeros_like(slots), np.zeros_like(slots)
@@ -117,6 +124,15 @@ class StageOrder:
 
     def ledger_after(self, num_slots: int) -> Ledger:
         """The lineage's ledger when `num_slots` slots of this stage have been trained on."""
+        return self._ledger_at(self._num_slots_before + num_slots)
+
+    def counts(self, num_slots: int) -> list[tuple[int, int]]:
+        """By new source, and last of all for replay: windows drawn before, and in the next `num_slots` slots."""
+        before, after = (self.mixture.counts(self._num_slots_before + number) for number in (0, num_slots))
+        return [(drawn, then - drawn) for drawn, then in zip(before, after, strict=True)]
+
+    def _ledger_at(self, num_slots: int) -> Ledger:
+        """The ledger after so many slots of the stage, from its very beginning."""
         ledger = self._ledger
         for stream, number in zip(self._new, self.mixture.counts(num_slots), strict=False):
             if number:
@@ -125,7 +141,8 @@ class StageOrder:
 
     def faults_over(self, num_slots: int) -> list[str]:
         """Sources whose share their corpus cannot meet over a stage of that many slots, as `max_epochs` limits it."""
-        asked = zip(self._new, self._sources.values(), self.mixture.counts(num_slots), strict=False)
+        numbers = self.mixture.counts(self._num_slots_before + num_slots)
+        asked = zip(self._new, self._sources.values(), numbers, strict=False)
         shortages = (stream.shortage(source, number) for stream, source, number in asked)
         return [shortage for shortage in shortages if shortage]
 
@@ -211,7 +228,7 @@ class StageOrder:
 
     def _pool_after(self, num_slots: int, seed: int) -> Pool:
         """What replay draws from when that many slots of the stage have been trained on."""
-        consumed = {entry.key: entry for entry in self.ledger_after(num_slots).entries}
+        consumed = {entry.key: entry for entry in self._ledger_at(num_slots).entries}
         numbered = list(enumerate(self._streams))[len(self._new) :]
         return Pool([(n, consumed.get(stream.entry.key, stream.entry)) for n, stream in numbered], self._replay, seed)
 

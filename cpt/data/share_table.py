@@ -11,18 +11,19 @@ def share_table(order: StageOrder, num_slots: int) -> list[str]:
     `num_slots`: windows of the stage. Epochs are told after the stage, and how many of them ancestors and earlier
     stages had read before it.
     """
-    counts, length = order.mixture.counts(num_slots), order.sequence_length
+    counts, length = order.counts(num_slots), order.sequence_length
     rows = [("source", "tokens", "share", "epochs", "before", "corpus")]
-    for stream, number in zip(order.streams, counts[:-1], strict=False):
-        before, an_epoch = stream.entry.num_consumed, stream.entry.num_windows
+    for stream, (drawn_before, number) in zip(order.streams, counts[:-1], strict=False):
+        before, an_epoch = stream.entry.num_consumed + drawn_before, stream.entry.num_windows
         epochs = [f"{windows / an_epoch:.2f}" for windows in (before + number, before)]
         rows.append((stream.name, f"{number * length:,}", _share(number, num_slots), *epochs, str(stream.corpus.path)))
-    if counts[-1]:
+    _, num_replayed = counts[-1]
+    if num_replayed:
         size = order.num_replayable
         pool = ", ".join(name.removeprefix("replay/") for name in order.source_names[len(counts) - 1 :])
         told = f"{size * length:,} tokens of {pool}"
-        share = _share(counts[-1], num_slots)
-        rows.append(("replay", f"{counts[-1] * length:,}", share, f"{counts[-1] / size:.2f}", "", told))
+        share = _share(num_replayed, num_slots)
+        rows.append(("replay", f"{num_replayed * length:,}", share, f"{num_replayed / size:.2f}", "", told))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         f"{row[0]:<{widths[0]}}  {'  '.join(f'{cell:>{w}}' for cell, w in zip(row[1:5], widths[1:5], strict=True))}"

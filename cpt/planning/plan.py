@@ -14,7 +14,7 @@ from cpt.models.layers.cutting import num_parameters_on_a_rank
 from cpt.planning.memory import model_state
 from cpt.progress import Progress
 from cpt.run import Run
-from cpt.run.beginning import checkpoint_of_parent
+from cpt.run.beginning import checkpoint_of_parent, place_of_child
 from cpt.run.stages import corpora_of, last_rate, order_of, refuse_bad_stages
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -32,7 +32,7 @@ def plan_lines(run: Run, num_ranks: int) -> Iterator[str]:
         faults.extend(fault.lines)
     if faults:
         raise Fault(faults)
-    place = Place.of_child(checkpoint_of_parent(run).state) if run.parent else Place()
+    place = place_of_child(run, checkpoint_of_parent(run).state) if run.parent else Place()
     refuse_bad_stages(run, place)
     yield from _model_lines(run, num_ranks)
     for index, stage in enumerate(run.stages):

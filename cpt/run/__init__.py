@@ -1,6 +1,17 @@
-"""A run before its first step: settings.py, reading.py (files and words), stages.py (what they draw), beginning.py."""
+"""A run before its first step: settings.py, reading.py (files, words), branching.py, stages.py (data), beginning.py."""
 
-from cpt.run.reading import differences, in_full, model_after, read_run, stages_trained
+from cpt.run.branching import branch_of
+from cpt.run.reading import differences, in_full, model_after, read_run, run_of, stages_trained
 from cpt.run.settings import Run, Stage
 
-__all__ = ["Run", "Stage", "differences", "in_full", "model_after", "read_run", "stages_trained"]
+__all__ = [
+    "Run",
+    "Stage",
+    "branch_of",
+    "differences",
+    "in_full",
+    "model_after",
+    "read_run",
+    "run_of",
+    "stages_trained",
+]

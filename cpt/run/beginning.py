@@ -63,7 +63,7 @@ def where_to_begin(
     if run.parent is None:
         return Place(), None, None
     checkpoint = checkpoint_of_parent(run)
-    place = Place.of_child(checkpoint.state)
+    place = place_of_child(run, checkpoint.state)
     from_there = checkpoint.state["progress"]
     _log.info("a child of %s at step %d", run.parent.run, from_there["step"])
     return (
@@ -71,6 +71,37 @@ def where_to_begin(
         checkpoint,
         tree.Parent(run.parent.run, from_there["step"], from_there["tokens"], checkpoint.state["rate"]),
     )
+
+
+def place_of_child(run: Run, state: dict[str, Any]) -> Place:
+    """The first place of a run whose parent was saved at `state`. Raises Fault if its first stage cannot go on with the
+    parent's, as it says.
+    """
+    place = Place.of_child(state)
+    if not run.stages[0].continues:
+        return place
+    plain, here = in_full(read_mapping([str(run.parent.run / "run.yaml")])), as_mapping(run)
+    above = Place.from_json(state)
+    stages = plain["stages"]
+    told = stages[min(above.progress.stage, len(stages) - 1)]
+    pairs = {
+        "seed": (here["seed"], plain["seed"]),
+        "sequence_length": (here["sequence_length"], plain["sequence_length"]),
+        "stages.0.sources": (here["stages"][0]["sources"], told["sources"]),
+        "stages.0.replay": (_order_of_replay(here["stages"][0]), _order_of_replay(told)),
+    }
+    differing = [name for name, (one, other) in pairs.items() if one != other]
+    if differing:
+        raise Fault(
+            f"stages.0.continues: the windows of stage {told['name']} of {run.parent.run} come in the order that its "
+            f"settings give, and here {' and '.join(differing)} are others; set them back, or leave continues out"
+        )
+    return place.going_on_with_stage_of(above, len(stages))
+
+
+def _order_of_replay(stage: dict[str, Any]) -> dict[str, Any]:
+    """What a stage's replay says of the order of its windows; how tokens are counted is nothing of it."""
+    return {**(stage.get("replay") or {}), "accounting": None}
 
 
 def checkpoint_of_parent(run: Run) -> Checkpoint:

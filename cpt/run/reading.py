@@ -22,7 +22,11 @@ def read_run(words: Sequence[str]) -> Run:
     A child takes the model, the sequence length and the kind of attention from its parent, where it says nothing else.
     Raises Fault with every mistake at once.
     """
-    mapping = read_mapping(words)
+    return run_of(read_mapping(words))
+
+
+def run_of(mapping: dict[str, Any]) -> Run:
+    """The run that one mapping of settings describes, as `read_run` does."""
     parent = mapping.get("parent")
     faults: list[str] = []
     try:

@@ -56,7 +56,8 @@ class Stage:
     """A stretch of a run with its own sources, schedule and length.
 
     `tokens` of all ranks, to train on; rounded up to whole steps. With `replay.accounting: adds_to_new` they are new
-    tokens, and replay comes on top.
+    tokens, and replay comes on top. `continues`, of a child's first stage: its windows are those with which the
+    parent's stage goes on from the child's beginning, in their order; sources, replay and seed are the parent's.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Stage:
     replay: Replay | None = None
     rope: Rope | None = None
     batch_warmup: BatchWarmup | None = None
+    continues: bool = False
 
     def faults(self) -> list[str]:
         """A stage without sources or tokens, a schedule that does not fit into it."""
@@ -74,7 +76,7 @@ class Stage:
             faults.append("sources: name at least one, such as {code: {corpus: data/code}}")
         if not faults and not (self.replay and self.replay.faults()):
             ramp = self.replay.ramp if self.replay else None
-            if ramp and ramp.tokens > self.total_tokens:
+            if ramp and ramp.tokens > self.total_tokens and not self.continues:
                 faults.append(f"replay.ramp.tokens = {ramp.tokens}: the stage has {self.total_tokens} in all; lower it")
             try:
                 # Whether the rate before it is one that it can follow, is known when the run begins.
@@ -335,6 +337,11 @@ class Run:
             faults.append(f"parent.run = {self.parent.run} and weights = {self.weights}: a run begins from one of them")
         if self.optimizer_state not in ("keep", "reset") and not self.warm_steps:
             faults.append(f"optimizer_state = {self.optimizer_state}: keep, reset, or warm(n) with n steps, at least 1")
+        for index, stage in enumerate(self.stages):
+            if stage.continues and (index > 0 or not self.parent):
+                faults.append(
+                    f"stages.{index}.continues: only the first stage of a run with a parent can go on with the parent's"
+                )
         if self.growth and not self.weights:
             faults.append("growth: only weights that are there can grow; name them as model: {from: FOLDER, ...}")
         if self.optimizer_state == "keep" and self.weights:

@@ -21,8 +21,10 @@ def order_of(run: Run, place: Place) -> StageOrder:
     if place.progress.stage >= len(run.stages):
         place = dataclasses.replace(place, progress=Progress(stage=len(run.stages) - 1))
     stage = run.stages[place.progress.stage]
-    seed = derive_seed(run.seed, "stage", place.progress.stage)
-    return StageOrder(stage.sources, stage.replay, place.ledger_before_stage, run.sequence_length, seed)
+    begun = place.continued if stage.continues and place.continued else Progress(stage=place.progress.stage)
+    seed, num_slots_before = derive_seed(run.seed, "stage", begun.stage), begun.stage_tokens // run.sequence_length
+    ledger = place.ledger_before_stage
+    return StageOrder(stage.sources, stage.replay, ledger, run.sequence_length, seed, num_slots_before)
 
 
 def refuse_bad_stages(run: Run, place: Place) -> None:

@@ -8,7 +8,9 @@ import pytest
 from cpt_harness.ranks import in_processes
 
 from cpt.checkpoint import Place, RunFolder
+from cpt.checkpoint.place import StageBehind
 from cpt.config import Fault
+from cpt.lineage.areas import Areas
 from cpt.lineage.ledger import Entry, Ledger
 from cpt.progress import Progress
 
@@ -101,7 +103,9 @@ def test_only_the_run_itself_says_that_it_is_finished(run):
 def test_a_place_comes_back_from_json_as_it_was_and_a_child_begins_at_zero_with_the_ledger_and_the_rate():
     before = Ledger((Entry("prose", "data/prose", "ab", 16, 7, 100, (((0, 20),),)),))
     now = Ledger((Entry("prose", "data/prose", "ab", 16, 7, 100, (((0, 60),),)),))
-    place = Place(Progress(5, 500, 1, 2, 200), before, 1e-3, 5e-4, "ab" * 16)
+    behind, continued = StageBehind(300, before), Progress(stage=3, stage_tokens=40)
+    place = Place(Progress(5, 500, 1, 2, 200), before, 1e-3, 5e-4, "ab" * 16, Areas(), behind, continued)
     plain = json.loads(json.dumps(place.as_json(now)))
     assert Place.from_json(plain) == place
-    assert Place.of_child(plain) == Place(ledger_before_stage=now.as_inherited(), rate_before_stage=5e-4, rate=5e-4)
+    begun = Place(ledger_before_stage=now.as_inherited(), rate_before_stage=5e-4, rate=5e-4, areas=Areas(rate=5e-4))
+    assert Place.of_child(plain) == begun

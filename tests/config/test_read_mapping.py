@@ -161,3 +161,9 @@ def test_all_faults_of_all_words_are_told_at_once(file):
     assert [Path(line.split(":")[0]).name for line in caught.value.lines] == [
         "one.yaml", "run.yaml", "=2", "a=[", "two.yaml",
     ]  # fmt: skip
+
+
+def test_words_are_merged_into_a_copy_of_what_lies_beneath():
+    beneath = {"a": {"b": 1, "c": 2}}
+    assert read_mapping(["a.b=3"], beneath) == {"a": {"b": 3, "c": 2}}
+    assert beneath == {"a": {"b": 1, "c": 2}}

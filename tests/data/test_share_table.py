@@ -26,3 +26,9 @@ def test_tokens_shares_and_epochs_of_a_stage_worked_by_hand(tmp_path):
         "replay     320  20.0%    0.65          496 tokens of old, other",
     ]
     assert len(share_table(StageOrder(sources, None, ledger, LENGTH, 1), 10)) == 3
+
+
+def test_what_another_run_has_drawn_in_the_stage_was_read_before(tmp_path):
+    corpora = make_corpora(tmp_path)
+    order = StageOrder({"old": Source(corpora / "old")}, None, Ledger(), LENGTH, 1, num_slots_before=49)
+    assert share_table(order, 10)[1] == f"old         80  100.0%    1.20    1.00  {corpora}/old"

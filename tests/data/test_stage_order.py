@@ -255,3 +255,17 @@ def test_the_order_is_the_same_in_every_version(corpora):
         ("old", 128),
         ("new", 416),
     ]
+
+
+@pytest.mark.parametrize("replay", ["0", "1/4"])
+def test_an_order_that_began_in_another_run_goes_on_from_there(corpora, replay):
+    """The same windows, ledger and counts as of the whole stage, counted from slot 13 on."""
+    ledger = Ledger((entry_of(corpora, "old", 20),))
+    sources = {"new": Source(corpora / "new", Fraction(2)), "other": Source(corpora / "other")}
+    settings = sources, Replay(Fraction(replay), scope="all_seen"), ledger, LENGTH, 3
+    whole, rest = StageOrder(*settings), StageOrder(*settings, num_slots_before=13)
+    assert drawn(rest, 90) == drawn(whole, 90, first_slot=13)
+    assert rest.ledger_after(90) == whole.ledger_after(103)
+    assert rest.counts(90) == [
+        (before, then - before) for (_, before), (_, then) in zip(whole.counts(13), whole.counts(103), strict=True)
+    ]
