@@ -80,9 +80,10 @@ def train(run: Run, mesh: Mesh, why_orphaned: Callable[[], str | None] = lambda:
     kernels = switch.choose(run.kernels, mesh.device)
     cuts = beside(run.model, "CUTS")
     blocks = run.blocks_of_parts[mesh.pipeline.rank]
+    shares_norms = run.mesh.shares_norms(run.sequence_length)
 
     def make_model() -> nn.Module:
-        return built_part(lambda: build(run.model_before, "Model", kernels), cuts, mesh, blocks)
+        return built_part(lambda: build(run.model_before, "Model", kernels), cuts, mesh, blocks, shares_norms)
 
     model = make_model()
     is_gathered, is_within_documents = run.zero == 3, run.is_within_documents
@@ -373,6 +374,8 @@ def _tell_what_was_built(run: Run, mesh: Mesh, model: Any, kernels: switch.Kerne
         _log.info("the pipeline's parts have %s blocks; the last one has the head too", told)
     told = kernels.told
     if mesh.tensor.size > 1:
+        is_shared = run.mesh.shares_norms(run.sequence_length)
+        _log.info("norms and residual stream: %s on each tensor rank", "some positions" if is_shared else "whole")
         told = {**told, "cross_entropy": "vocabulary-parallel (always, with mesh.tensor)"}
     _log.info("kernels: %s", "; ".join(f"{operation}: {twin}" for operation, twin in told.items()))
     if run.recompute.mode != "none" or run.compile.blocks:

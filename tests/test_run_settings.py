@@ -233,6 +233,8 @@ def test_a_parent_that_is_only_a_name_is_a_fault(file):
          "deepspeed.fp16: this is set by precision here; take it out of the block, or write auto"),
         ("mesh.pipeline=0", "mesh.pipeline = 0: at least 1"),
         ("mesh.tensor=3", "mesh.tensor = 3 cannot split model.heads = 4 evenly; use 1, 2 or 4"),
+        ("mesh.sequence=8", "mesh.sequence = 8 cannot split model.heads = 4 evenly; use 1, 2 or 4"),
+        ("mesh.sequence_parallel_norms=true", "mesh.sequence_parallel_norms = true with mesh.tensor = 1: "),
         ("mesh.timeout_seconds=0", "mesh.timeout_seconds = 0: at least 1"),
         ("checkpoint.keep_last=0", "checkpoint.keep_last = 0: at least 1"),
         ("checkpoint.every_tokens=0",

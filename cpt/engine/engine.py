@@ -29,6 +29,7 @@ from cpt.engine.settings import Settings, deepspeed_settings
 from cpt.methods import Forward, Seams
 from cpt.parallel.mesh import Mesh
 from cpt.parallel.mpu import ModelParallelUnit, is_counted, mark_parts
+from cpt.parallel.tensor import add_up_gradients
 from cpt.parallel.weights import MOMENTS, Masters
 from cpt.progress import Progress
 from cpt_kernels.documents import num_counting
@@ -87,6 +88,7 @@ class Engine:
         ]
         self._model = model
         mark_parts(model)
+        add_up_gradients(model)
         # BF16_Optimizer prints what memory there is, seven times, whatever its settings say.
         with contextlib.redirect_stdout(io.StringIO()), told_as_faults(settings.deepspeed):
             pipeline = Pipeline(model, mesh) if mesh.pipeline.size > 1 else None

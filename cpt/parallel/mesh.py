@@ -37,6 +37,8 @@ class Settings:
 
     `blocks_of_parts`: how many of the model's blocks each part of the pipeline has; left out, so that the slowest part
     is as fast as can be.
+    `sequence_parallel_norms`: each tensor rank has some positions of norms and of the residual stream, and not all;
+    left out: with more than one tensor rank, where they divide the positions.
     `check_every_steps`: end the run if ranks that should hold the same weights do not, to the bit; None: never look.
     """
 
@@ -44,6 +46,7 @@ class Settings:
     sequence: int = 1
     tensor: int = 1
     blocks_of_parts: tuple[int, ...] | None = None
+    sequence_parallel_norms: bool | None = None
     timeout_seconds: int = 1800
     check_every_steps: int | None = None
 
@@ -68,6 +71,29 @@ class Settings:
         return [
             f"{told} = {self.ranks_of_a_replica} cannot cut {num_ranks} ranks; make their product "
             f"{one_of(divisors(num_ranks))}, or start a multiple of {self.ranks_of_a_replica} ranks"
+        ]
+
+    def shares_norms(self, sequence_length: int) -> bool:
+        """Whether tensor ranks share the positions of norms, in windows of this length."""
+        if self.sequence_parallel_norms is None:
+            return self.tensor > 1 and sequence_length % (self.sequence * self.tensor) == 0
+        return self.sequence_parallel_norms
+
+    def faults_of_norms(self, sequence_length: int) -> list[str]:
+        """Why norms cannot be shared as they are asked to be, in windows of this length, with what would do."""
+        if not self.sequence_parallel_norms or min(self.sequence, self.tensor) < 1:
+            return []
+        name, ranks = "mesh.sequence_parallel_norms = true", self.sequence * self.tensor
+        if self.tensor == 1:
+            return [f"{name} with mesh.tensor = 1: it is the ranks of a tensor group that share norms; leave it out"]
+        if sequence_length % ranks == 0:
+            return []
+        below = sequence_length // ranks * ranks
+        fitting = [n for n in (below, below + ranks) if n >= 2]
+        of_sequence = f" x mesh.sequence = {self.sequence}" if self.sequence > 1 else ""
+        return [
+            f"{name}: mesh.tensor = {self.tensor}{of_sequence} cannot share sequence_length = {sequence_length} "
+            f"evenly; use {one_of(fitting)}, or leave it out"
         ]
 
     @property

@@ -38,6 +38,7 @@ class PositionsHere(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, S] -> [B, S / size]."""
+        assert tokens.shape[1] % self.group.size == 0, "sequence_length is told to be divisible before ranks meet"
         num_here = tokens.shape[1] // self.group.size
         return tokens[:, self.group.rank * num_here : (self.group.rank + 1) * num_here]
 

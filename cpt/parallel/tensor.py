@@ -5,10 +5,22 @@
 
 `copied` and `summed` are each other's gradient: what is the same on all ranks forward has gradients that differ, which
 must be added; what is added forward has the same gradient everywhere.
-Source: Shoeybi et al. 2019, arXiv:1909.08053 (Megatron-LM).
+
+    hidden --gathered--> column-cut layers --> ... --> row-cut layer --scattered--> hidden
+      some positions on each rank    all positions    some positions on each rank again
+
+The same with the stream between layers cut between positions: norms are computed once and not by every rank, and as
+much is sent, for a sum is a scattered sum that is gathered. These two are each other's gradient as well.
+Source: Shoeybi et al. 2019, arXiv:1909.08053 (Megatron-LM); Korthikanti et al. 2022, arXiv:2205.05198.
+
+B sequences, S positions, D width.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -27,6 +39,29 @@ def copied(tensor: Tensor, group: Group) -> Tensor:
 def summed(tensor: Tensor, group: Group) -> Tensor:
     """The sum over the ranks of the group, on each of them."""
     return _Summed.apply(tensor, group)
+
+
+def gathered(tensor: Tensor, group: Group) -> Tensor:
+    """[B, S / size, D] of each rank, the first rank's positions first -> [B, S, D]; gradients are added."""
+    return _Gathered.apply(tensor, group)
+
+
+def scattered(tensor: Tensor, group: Group) -> Tensor:
+    """The sum over the ranks of the group, of which each gets its positions: [B, S, D] -> [B, S / size, D]."""
+    return _Scattered.apply(tensor, group)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """How hidden states lie between cut layers: what is done before a column-cut layer and after a row-cut one."""
+
+    enter: Callable[[Tensor, Group], Tensor]
+    leave: Callable[[Tensor, Group], Tensor]
+
+
+# On each rank all positions, or its own.
+WHOLE = Stream(copied, summed)
+BETWEEN_POSITIONS = Stream(gathered, scattered)
 
 
 def joined(tensor: Tensor, group: Group) -> Tensor:
@@ -58,6 +93,28 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _gather(tensor, group)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return _scatter(gradient, ctx.group), None
+
+
+class _Scattered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _scatter(tensor, group)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return _gather(gradient, ctx.group), None
 
 
 class _Joined(torch.autograd.Function):
@@ -95,8 +152,41 @@ def _total(tensor: Tensor, group: Group) -> Tensor:
     return total
 
 
+# Of newer torches; the older names say there that they will go.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _gather(tensor: Tensor, group: Group) -> Tensor:
+    parts = tensor.new_empty(group.size * len(tensor), *tensor.shape[1:])
+    _all_gather(parts, tensor.contiguous(), group=group.handle)
+    return parts.unflatten(0, (group.size, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _scatter(tensor: Tensor, group: Group) -> Tensor:
+    parts = tensor.unflatten(1, (group.size, -1)).transpose(0, 1).flatten(0, 1).contiguous()
+    total = parts.new_empty(len(tensor), *parts.shape[1:])
+    _reduce_scatter(total, parts, group=group.handle)
+    return total
+
+
+def add_up_gradients(model: nn.Module) -> None:
+    """Let the gradients of parameters that a tensor group holds alike, and uses for other positions on each rank, be
+    added over it; which these are, layers say in `used_for_some_positions`.
+
+    Once a backward pass and parameter, before anybody else sees the gradient.
+    """
+
+    def added(gradient: Tensor, group: Group) -> Tensor:
+        return _total(gradient.float(), group).to(gradient.dtype)
+
+    for layer in model.modules():
+        for name, group in getattr(layer, "used_for_some_positions", {}).items():
+            layer.get_parameter(name).register_hook(partial(added, group=group))
+
+
 class ColumnLinear(nn.Module):
-    """Some of the outputs of a linear layer, of inputs that are `copied`.
+    """Some of the outputs of a linear layer, of inputs that have entered (see `Stream`).
 
     `num_copies` neighbours in the group compute the same outputs, each for other layers behind it.
     """
@@ -123,14 +213,14 @@ class ColumnLinear(nn.Module):
 class RowLinear(nn.Module):
     """A linear layer of which each rank takes some of the inputs; the bias, which is whole, is added after the sum."""
 
-    def __init__(self, whole: nn.Linear, part: Part, group: Group) -> None:
+    def __init__(self, whole: nn.Linear, part: Part, group: Group, stream: Stream = WHOLE) -> None:
         super().__init__()
-        self.group = group
+        self.group, self.stream = group, stream
         self.weight = nn.Parameter(whole.weight.new_zeros(whole.out_features, part.last - part.first))
         self.bias = None if whole.bias is None else nn.Parameter(whole.bias.new_zeros(whole.out_features))
         self.parts = {"weight": part}
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., columns of this rank] -> [..., D], the same on all ranks."""
-        total = summed(functional.linear(hidden, self.weight), self.group)
+        """[B, S, columns of this rank] -> [B, S, D], the same on all ranks, or its positions of it on each."""
+        total = self.stream.leave(functional.linear(hidden, self.weight), self.group)
         return total if self.bias is None else total + self.bias

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from cpt.parallel.mesh import Group
 from cpt.parallel.parts import Part
-from cpt.parallel.tensor import copied, joined, summed
+from cpt.parallel.tensor import WHOLE, Stream, joined
 from cpt_kernels.cross_entropy import IGNORED
 
 # Logits that exist at once on a rank, as for the operation on one device.
@@ -46,26 +46,28 @@ def rows_of(vocabulary: int, group: Group) -> tuple[int, int, int]:
 class VocabularyEmbedding(nn.Module):
     """Rows of the tokens that are here, 0 for all others, summed over the group."""
 
-    def __init__(self, whole: nn.Embedding, group: Group) -> None:
+    def __init__(self, whole: nn.Embedding, group: Group, stream: Stream = WHOLE) -> None:
         super().__init__()
-        self.group = group
+        self.group, self.stream = group, stream
         self.first, self.last, rows = rows_of(whole.num_embeddings, group)
         self.weight = nn.Parameter(whole.weight.new_zeros(rows, whole.embedding_dim))
         self.parts = {"weight": Part(tuple(whole.weight.shape), 0, self.first, self.last)}
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [B, S] int64 -> [B, S, D], the same on all ranks."""
+        """tokens [B, S] int64 -> [B, S, D], the same on all ranks, or its positions of it on each."""
         is_elsewhere = (tokens < self.first) | (tokens >= self.last)
         rows = functional.embedding((tokens - self.first).masked_fill(is_elsewhere, 0), self.weight)
-        return summed(rows.masked_fill(is_elsewhere[..., None], 0.0), self.group)
+        return self.stream.leave(rows.masked_fill(is_elsewhere[..., None], 0.0), self.group)
 
 
 class VocabularyHead(nn.Module):
     """Projects onto the rows that are here. A tied one hands in the embedding's own Parameter, which has two owners."""
 
-    def __init__(self, weight: Tensor, group: Group, tied_to: nn.Parameter | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, group: Group, tied_to: nn.Parameter | None = None, stream: Stream = WHOLE
+    ) -> None:
         super().__init__()
-        self.group, self.vocabulary = group, weight.shape[0]
+        self.group, self.stream, self.vocabulary = group, stream, weight.shape[0]
         self.beside: Beside | None = None
         self.first, self.last, rows = rows_of(self.vocabulary, group)
         self.weight = nn.Parameter(weight.new_zeros(rows, weight.shape[1])) if tied_to is None else tied_to
@@ -74,9 +76,10 @@ class VocabularyHead(nn.Module):
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Any:
         """hidden [B, S, D] -> logits [B, S, V]; with targets [B, S] -> losses [B, S] in fp32. The same on all ranks.
 
-        With something `beside`, as the head for one device has it.
+        hidden of all positions, or of this rank's, as the stream is; targets are of all. With something `beside`, as
+        the head for one device has it.
         """
-        hidden, weight = copied(hidden, self.group), self.weight[: self.last - self.first]
+        hidden, weight = self.stream.enter(hidden, self.group), self.weight[: self.last - self.first]
         if targets is None:
             if self.beside is not None:
                 return self.beside(hidden, weight)

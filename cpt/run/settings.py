@@ -316,7 +316,7 @@ class Run:
 
     def _faults_of_mesh(self) -> list[str]:
         """A model that the axes cannot cut."""
-        pipeline, faults = self.mesh.pipeline, []
+        pipeline, faults = self.mesh.pipeline, self.mesh.faults_of_norms(self.sequence_length)
         if self.model is not None and self.mesh.tensor >= 1:
             faults += faults_of_cut(self.model, self.mesh.tensor)
         if self.model is not None and min(self.mesh.tensor, self.mesh.sequence) >= 1:

@@ -41,13 +41,16 @@ def differences(found: dict, expected: dict) -> list[float]:
 @pytest.mark.parametrize("documents", [False, True], ids=["across documents", "within documents"])
 def test_ten_steps_on_every_mesh_are_those_of_one_process(model, documents):
     lines = []
-    for ranks, axes in MESHES:
+    ways = [
+        (ranks, axes, shares) for ranks, axes in MESHES for shares in ((False, True) if "tensor" in axes else (False,))
+    ]
+    for ranks, axes, shares_norms in ways:
         cases = [case(model, ranks, zero, **axes) for zero in ((0, 1) if "pipeline" in axes else (0, 1, 2, 3))]
-        for one, of_ranks in train_all(cases, documents=documents).items():
+        for one, of_ranks in train_all(cases, documents=documents, shares_norms=shares_norms).items():
             found, expected = joined(of_ranks), alone(model, documents)
             assert_near(found, expected)
             told = " | ".join(f"{number:.1e}" for number in differences(found, expected))
-            cut = " x ".join(f"{axis} {size}" for axis, size in axes.items())
+            cut = " x ".join(f"{axis} {size}" for axis, size in axes.items()) + ", norms shared" * shares_norms
             lines.append(f"| {model} | {cut} | {ranks} | {one.zero} | {told} |")
     print("\n" + "\n".join(lines))
     losses = alone(model, documents)["loss"]

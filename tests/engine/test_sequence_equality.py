@@ -10,20 +10,12 @@ from cpt_harness.ranks import on_ranks
 from cpt.methods import Seams, reptile
 
 ONE_HEAD = "llama, one head for all"
-TIED = ("llama, tied, all biases", "pythia, tied, sequential")
-# Windows of 12 positions: 6 on each of two ranks, 3 on each of four.
+# The rest of the matrix is in test_every_mesh. Windows of 12 positions: 6 on each of two ranks, 3 on each of four.
 CASES = [case("llama", 2, zero, sequence=2) for zero in (0, 1, 2, 3)]
 CASES += [case("pythia", 2, 3, sequence=2), case("llama", 4, 1, sequence=2), case(ONE_HEAD, 4, 3, sequence=4)]
 CASES += [case("pythia", 4, 0, sequence=2, tensor=2), case("llama", 4, 0, pipeline=2, sequence=2)]
-MORE = [case("pythia", 2, zero, sequence=2) for zero in (0, 1, 2)]
-MORE += [case(ONE_HEAD, 2, zero, sequence=2) for zero in (0, 1, 2, 3)]
-MORE += [case("llama", 4, zero, sequence=2) for zero in (0, 2, 3)]
-MORE += [case("pythia", 4, zero, sequence=2) for zero in (0, 1, 2, 3)]
-MORE += [case("llama", 4, zero, sequence=2, tensor=2) for zero in (0, 1, 2, 3)]
-MORE += [case("pythia", 4, zero, sequence=2, tensor=2) for zero in (1, 2, 3)]
-MORE += [case(ONE_HEAD, 4, 1, sequence=2, tensor=2), *(case(name, 4, 2, sequence=2, tensor=2) for name in TIED)]
-MORE += [case(name, 4, zero, sequence=4) for name, zero in (("llama", 3), ("pythia", 2), (ONE_HEAD, 1))]
-MORE += [case(name, 4, 1, pipeline=2, sequence=2) for name in ("pythia", *TIED)]
+MORE = [case(ONE_HEAD, 2, zero, sequence=2) for zero in (0, 1, 2, 3)]
+MORE += [case(ONE_HEAD, 4, zero, sequence=2, tensor=2) for zero in (0, 1, 2, 3)]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +30,7 @@ def test_losses_norms_scores_and_weights_are_those_of_one_process_and_copies_are
 
 @pytest.mark.long
 @pytest.mark.parametrize("one", MORE, ids=str)
-def test_the_rest_of_the_matrix(one):
+def test_one_key_head_for_all_is_shared_on_every_stage(one):
     assert_near(joined(train_all([one])[one]), alone(one.model))
 
 

@@ -99,6 +99,33 @@ def test_a_tensor_axis_that_does_not_divide_the_ranks_gets_the_values_that_do(te
     assert [Settings(tensor=value).faults_on(ranks) for value in offered] == [[]] * len(offered)
 
 
+@pytest.mark.parametrize(
+    ("axes", "length", "is_shared"),
+    [({}, 12, False), ({"tensor": 2}, 12, True), ({"tensor": 2}, 13, False), ({"tensor": 2, "sequence": 4}, 12, False)],
+)
+def test_tensor_ranks_share_norms_where_they_divide_the_positions(axes, length, is_shared):
+    assert Settings(**axes).shares_norms(length) == is_shared
+    assert not Settings(**axes, sequence_parallel_norms=False).shares_norms(length)
+    assert (Settings(**axes, sequence_parallel_norms=True).faults_of_norms(length) == []) == is_shared
+
+
+@pytest.mark.parametrize(
+    ("axes", "told"),
+    [
+        ({}, " with mesh.tensor = 1: it is the ranks of a tensor group that share norms; leave it out"),
+        ({"tensor": 2}, ": mesh.tensor = 2 cannot share sequence_length = 13 evenly; use 12 or 14, or leave it out"),
+        ({"tensor": 4, "sequence": 2},
+         ": mesh.tensor = 4 x mesh.sequence = 2 cannot share sequence_length = 13 evenly; use 8 or 16, "
+         "or leave it out"),
+        ({"tensor": 16}, ": mesh.tensor = 16 cannot share sequence_length = 13 evenly; use 16, or leave it out"),
+    ],
+)  # fmt: skip
+def test_norms_that_cannot_be_shared_are_told_with_the_lengths_that_could(axes, told):
+    settings = Settings(**axes, sequence_parallel_norms=True)
+    assert settings.faults_of_norms(13) == [f"mesh.sequence_parallel_norms = true{told}"]
+    assert Settings(**axes).faults_of_norms(13) == []
+
+
 def test_a_mesh_that_cannot_be_is_refused_before_the_ranks_meet():
     place = {"rank": 0, "size": 3, "local_rank": 0, "local_size": 3, "address": "127.0.0.1", "port": 1}
     with pytest.raises(Fault, match="mesh.tensor = 2 cannot cut 3 ranks"), open_mesh(Settings(tensor=2), **place):

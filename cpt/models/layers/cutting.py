@@ -21,7 +21,7 @@ from cpt.models.layers.parting import keep_part
 from cpt.models.layers.sharing import share_positions
 from cpt.parallel.mesh import Group, Mesh, divisors, one_of
 from cpt.parallel.parts import Part
-from cpt.parallel.tensor import ColumnLinear, RowLinear, copied
+from cpt.parallel.tensor import BETWEEN_POSITIONS, WHOLE, ColumnLinear, RowLinear, Stream
 from cpt.parallel.vocabulary import VocabularyEmbedding, VocabularyHead
 
 
@@ -66,15 +66,18 @@ def num_parameters_on_a_rank(settings: Any, cuts: Mapping[str, Cut], size: int, 
     return max(of_parts)
 
 
-def built_part(make: Callable[[], nn.Module], cuts: Mapping[str, Cut], mesh: Mesh, blocks: range) -> nn.Module:
+def built_part(
+    make: Callable[[], nn.Module], cuts: Mapping[str, Cut], mesh: Mesh, blocks: range, shares_norms: bool = False
+) -> nn.Module:
     """This rank's part of the model that `make` makes, on the CPU; `blocks` are those of its part of the pipeline.
 
+    `shares_norms` is as in `cut`.
     Memory is taken for the part only, and no random values are drawn: weights mean nothing until they are filled.
     """
     with torch.device("meta"):
         model = make()
         if mesh.tensor.size > 1:
-            model = cut(model, cuts, mesh.tensor)
+            model = cut(model, cuts, mesh.tensor, shares_norms)
         if mesh.sequence.size > 1:
             model = share_positions(model, mesh.sequence)
         if mesh.pipeline.size > 1:
@@ -83,29 +86,36 @@ def built_part(make: Callable[[], nn.Module], cuts: Mapping[str, Cut], mesh: Mes
     return model
 
 
-def cut(model: nn.Module, cuts: Mapping[str, Cut], group: Group) -> nn.Module:
+def cut(model: nn.Module, cuts: Mapping[str, Cut], group: Group, shares_norms: bool = False) -> nn.Module:
     """Exchange, in `model` itself, what its table cuts for what this rank of `group` has of it; returns `model`.
 
+    `shares_norms`: each rank has some positions of what is between cut layers, which are norms and the residual
+    stream; the group's size must divide the positions of a forward pass.
     Weights are not set: fill them, and let padding be 0. The settings must be without `faults_of_cut`.
     """
+    stream = BETWEEN_POSITIONS if shares_norms else WHOLE
     for path, parent in list(model.named_modules()):
         exchanged = [
-            _exchange(parent, name, layer, cut_of(f"{path}.{name}.weight".removeprefix("."), cuts), group)
+            _exchange(parent, name, layer, cut_of(f"{path}.{name}.weight".removeprefix("."), cuts), group, stream)
             for name, layer in parent.named_children()
             if isinstance(layer, (nn.Linear, nn.Embedding, Head))
         ]
         if "column" in exchanged:
             # Here and not in each of its layers: one sum of gradients for all of them.
-            parent.register_forward_pre_hook(lambda _, inputs: (copied(inputs[0], group), *inputs[1:]))
+            parent.register_forward_pre_hook(lambda _, inputs: (stream.enter(inputs[0], group), *inputs[1:]))
     tied_to = model.embedding.weight if model.settings.tied else None
-    model.head = VocabularyHead(model.head.weight, group, tied_to)
+    model.head = VocabularyHead(model.head.weight, group, tied_to, stream)
+    if shares_norms:
+        for path, layer in model.named_modules():
+            names = [name for name, _ in layer.named_parameters(recurse=False)]
+            layer.used_for_some_positions = {name: group for name in names if cut_of(f"{path}.{name}", cuts) == "whole"}
     return model
 
 
-def _exchange(parent: nn.Module, name: str, layer: nn.Module, word: Cut, group: Group) -> Cut:
+def _exchange(parent: nn.Module, name: str, layer: nn.Module, word: Cut, group: Group, stream: Stream) -> Cut:
     """Put this rank's part in the place of a layer; returns how it was cut."""
     if isinstance(layer, nn.Embedding):
-        setattr(parent, name, VocabularyEmbedding(layer, group))
+        setattr(parent, name, VocabularyEmbedding(layer, group, stream))
     elif word == "column":
         # What has heads is cut between them.
         part, num_copies = _columns(layer.weight, getattr(parent, "head_width", 1), group)
@@ -113,7 +123,7 @@ def _exchange(parent: nn.Module, name: str, layer: nn.Module, word: Cut, group: 
     elif word == "row":
         width = layer.in_features // group.size
         part = Part(tuple(layer.weight.shape), 1, group.rank * width, (group.rank + 1) * width)
-        setattr(parent, name, RowLinear(layer, part, group))
+        setattr(parent, name, RowLinear(layer, part, group, stream))
     return word
 
 

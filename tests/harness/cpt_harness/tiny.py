@@ -78,6 +78,7 @@ def start_engine(
     recomputing: recompute.Settings | None = None,
     compiling: compiled.Settings | None = None,
     is_within_documents: bool = False,
+    shares_norms: bool = False,
     **optimizer: float,
 ) -> Engine:
     """An engine around a new model, or this rank's part of it, with the model's initial values of SEED."""
@@ -85,7 +86,7 @@ def start_engine(
     def make() -> nn.Module:
         made = model()
         if mesh.tensor.size > 1:
-            made = cut(made, beside(made.settings, "CUTS"), mesh.tensor)
+            made = cut(made, beside(made.settings, "CUTS"), mesh.tensor, shares_norms)
         if mesh.sequence.size > 1:
             made = share_positions(made, mesh.sequence)
         if mesh.pipeline.size > 1:
