@@ -36,7 +36,7 @@ OURS = {
     "gradient_clipping": "optimizer.clip",
     "bf16": "precision",
     "bfloat16": "precision",  # DeepSpeed's older name for bf16
-    "fp16": "precision",
+    "fp16": "precision and loss_scale",
     "torch_autocast": "precision",
     "tensor_parallel": "mesh.tensor",
     "pipeline": "mesh.pipeline",

@@ -23,6 +23,7 @@ from torch import nn
 from cpt.checkpoint import Checkpoint, Content, write_checkpoint
 from cpt.config import Fault
 from cpt.engine.deepspeed_block import refuse_what_deepspeed_refuses, told_as_faults, unfit
+from cpt.engine.loss_scale import LossScale, Scaled, refuse_without_fp16
 from cpt.engine.micro_batches import MicroBatch, OneByOne, cut
 from cpt.engine.pipeline import DEEPSPEED_SETTINGS, Pipeline
 from cpt.engine.settings import Settings, deepspeed_settings
@@ -78,6 +79,8 @@ class Engine:
         faults = settings.batch.faults_on(mesh.data_size) + unfit(settings.deepspeed, mesh)
         if faults:
             raise Fault(faults)
+        if settings.precision == "fp16":
+            refuse_without_fp16(mesh.device)
         made = deepspeed_settings(settings, mesh.data_size)
         refuse_what_deepspeed_refuses(made)
         self._settings, self._mesh, self._methods = settings, mesh, tuple(methods)
@@ -100,7 +103,10 @@ class Engine:
             )
         if pipeline:
             pipeline.use(self._engine)
-        self._run: OneByOne | Pipeline = pipeline or OneByOne(self._engine, mesh)
+        self._run: OneByOne | Pipeline | Scaled = pipeline or OneByOne(self._engine, mesh)
+        self._loss_scale = LossScale(settings.loss_scale) if settings.precision == "fp16" else None
+        if self._loss_scale:
+            self._run = Scaled(self._run, self._engine, mesh, self._loss_scale)
         self.masters = Masters(self._engine, model, settings.zero, mesh)
         for method in self._methods:
             method.meet(model, make_model, self.masters, mesh)
@@ -161,14 +167,15 @@ class Engine:
         micro_batches = cut(tokens, sources, starts, counts, size, self._mesh.device)
         self._expect(len(micro_batches))
         mean_count = None if starts is None else self._mean_count(counts, len(micro_batches))
-        by_window: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each micro-batch: sources and summed losses, [B]
+        by_window: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of each micro-batch: sources, summed losses, [B]
 
         def mean(numbers: torch.Tensor) -> torch.Tensor:
             return numbers.mean() if mean_count is None else numbers.sum() / mean_count
 
         def loss_of(micro_batch: MicroBatch, outputs: Any) -> torch.Tensor:
             losses, beside = outputs if isinstance(outputs, tuple) else (outputs, None)
-            by_window.append((micro_batch.sources, losses.detach().sum(dim=1, dtype=torch.float64)))
+            # By name and not behind one another: fp16 may try a step more than once.
+            by_window[id(micro_batch)] = micro_batch.sources, losses.detach().sum(dim=1, dtype=torch.float64)
             loss = mean(losses)
             for method in self._methods:
                 extra = method.after_forward(Forward(progress, micro_batch.tokens, losses, beside, mean))
@@ -179,7 +186,7 @@ class Engine:
         # Per source: loss summed, tokens counted; and one place more for "stop" and "save".
         sums = torch.zeros(2, num_sources + 1, dtype=torch.float64)
         if self._mesh.tensor.rank == 0:  # the first of a tensor group speaks for its windows; asked to stop may be any
-            for of_windows, losses in by_window:
+            for of_windows, losses in by_window.values():
                 sums[0].index_add_(0, of_windows, losses.cpu())
         if self._mesh.speaks_for_windows:
             sums[1].index_add_(0, sources, counts.to(sums.dtype))
@@ -232,8 +239,9 @@ class Engine:
         return found or ["one on another rank"] if self._mesh.any(bool(found)) else []
 
     def report(self) -> dict[str, float]:
-        """What the methods have to tell about the last step, for `metrics.jsonl`."""
-        return {key: value for method in self._methods for key, value in method.report().items()}
+        """What the methods have to tell about the last step, for `metrics.jsonl`; with fp16 the loss scale too."""
+        told = {key: value for method in self._methods for key, value in method.report().items()}
+        return {**(self._loss_scale.report() if self._loss_scale else {}), **told}
 
     def content(self, state: dict[str, Any]) -> Content:
         """What a checkpoint holds now, with `state` beside it: views, which the next step changes."""
@@ -246,6 +254,8 @@ class Engine:
                 into = tensors if isinstance(value, list) else numbers
                 into[f"method/{method.name}/{key}"] = value
         whole = {**state, "optimizer_updates": self.masters.num_updates, "methods": numbers}
+        if self._loss_scale:
+            whole["loss_scale"] = self._loss_scale.state_dict()
         return Content(pieces, tensors, whole)
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
@@ -266,6 +276,8 @@ class Engine:
             for moment in MOMENTS:
                 self.masters.fill(partial(checkpoint.read, moment), moment)
             self.masters.num_updates = checkpoint.state["optimizer_updates"]
+            if self._loss_scale and "loss_scale" in checkpoint.state:
+                self._loss_scale.load_state_dict(checkpoint.state["loss_scale"])
         if with_methods:
             for method in self._methods:
                 self._load_method(method, checkpoint)
@@ -304,6 +316,9 @@ class Engine:
             method.load_state_dict(state)
 
     def _update_between_seams(self, *arguments: Any, **named: Any) -> None:
+        if self._loss_scale and self._engine.optimizer.has_overflow():
+            self._update(*arguments, **named)  # which finds the same, and lets go of the gradients
+            return
         for method in self._methods:
             method.before_update(self.masters, self._progress)
         if self._settings.zero == 0 and not self._clip_whole_gradients():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cpt.engine import loss_scale
 from cpt.engine.deepspeed_block import contradictions
 
 
@@ -73,21 +74,27 @@ class Optimizer:
 class Settings:
     """`zero`: DeepSpeed's ZeRO stage. `deepspeed`: any of its own settings, passed through where they are not ours."""
 
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     zero: Literal[0, 1, 2, 3] = 1
     batch: Batch = field(default_factory=Batch)
     optimizer: Optimizer = field(default_factory=Optimizer)
     deepspeed: dict[str, Any] = field(default_factory=dict)
+    loss_scale: loss_scale.Settings = field(default_factory=loss_scale.Settings)
 
     def faults(self) -> list[str]:
         """What DeepSpeed would get wrong in silence, and where its settings contradict ours."""
         faults = []
-        if self.zero == 0 and self.precision == "bf16":
+        if self.zero == 0 and self.precision != "fp32":
             faults.append(
-                "zero = 0 with precision = bf16: DeepSpeed takes an optimiser step of its own before the first one and "
-                "decays the weights; use zero = 1, which costs nothing more, or precision = fp32"
+                f"zero = 0 with precision = {self.precision}: DeepSpeed takes an optimiser step of its own before the "
+                "first one and decays the weights; use zero = 1, which costs nothing more, or precision = fp32"
             )
+        if self.precision != "fp16" and self.loss_scale != loss_scale.Settings():
+            faults.append(f"loss_scale with precision = {self.precision}: only fp16 scales its loss; leave it out")
         return faults + contradictions(self.deepspeed, self.zero)
+
+
+_FP16 = {"enabled": True, "loss_scale": 1.0}
 
 
 def deepspeed_settings(settings: Settings, num_ranks: int) -> dict[str, Any]:
@@ -106,7 +113,8 @@ def deepspeed_settings(settings: Settings, num_ranks: int) -> dict[str, Any]:
         "steps_per_print": 10**9,
         **block,
     }
-    if settings.precision == "bf16":
-        made["bf16"] = {"enabled": True}
+    if settings.precision != "fp32":
+        # A fixed scale of 1 is replaced in every step, see loss_scale.py.
+        made |= {"bf16": {"enabled": True}} if settings.precision == "bf16" else {"fp16": _FP16}
         made["data_types"] = {"grad_accum_dtype": "fp32", **block.get("data_types", {})}
     return made

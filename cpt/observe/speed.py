@@ -22,6 +22,8 @@ _STATED_TFLOPS = {
     "A10": 125.0,
 }
 
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -43,7 +45,7 @@ def find_peak(device: torch.device, precision: str, stated_tflops: float | None 
         for part, tflops in _STATED_TFLOPS.items():
             if re.search(rf"\b{part}\b", name):
                 return Peak(tflops * 1e12, f"{tflops:g} TFLOP/s, stated for {name} (dense bf16)")
-    flops = _timed_matmul(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    flops = _timed_matmul(device, _DTYPES[precision])
     return Peak(flops, f"{flops / 1e12:.3g} TFLOP/s, measured by a {precision} matrix product on one rank")
 
 

@@ -31,7 +31,7 @@ def model_state(num_parameters: int, precision: str, zero: int, num_ranks: int, 
 
     At stage 0 the fp32 weights are the masters themselves. Gradients are accumulated in fp32.
     """
-    low = 2 if precision == "bf16" else 4
+    low = 4 if precision == "fp32" else 2
     first_cut_at = {"optimizer": 1, "gradients": 2, "weights": 3}
     cut = {part: num_ranks if zero >= stage else 1 for part, stage in first_cut_at.items()}
     optimizer = _MASTER_AND_MOMENTS - (_FP32 if zero == 0 else 0)

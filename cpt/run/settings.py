@@ -17,6 +17,7 @@ from cpt.config import Fault, build, chosen_from, name_of_choice
 from cpt.data import loader
 from cpt.data.replay import Replay
 from cpt.data.streams import Source
+from cpt.engine import loss_scale
 from cpt.engine import settings as engine_settings
 from cpt.evaluation import held_out, start_gate
 from cpt.models.growth import Growth
@@ -152,7 +153,8 @@ class Run:
     sequence_length: int = 2048
     attention: Literal["within_document", "across_documents"] | None = None
     batch: engine_settings.Batch = field(default_factory=engine_settings.Batch)
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    loss_scale: loss_scale.Settings = field(default_factory=loss_scale.Settings)
     optimizer: engine_settings.Optimizer = field(default_factory=engine_settings.Optimizer)
     zero: Literal[0, 1, 2, 3] = 1
     recompute: recompute.Settings = field(default_factory=recompute.Settings)
@@ -169,7 +171,9 @@ class Run:
     @property
     def engine(self) -> engine_settings.Settings:
         """The part that the engine reads."""
-        return engine_settings.Settings(self.precision, self.zero, self.batch, self.optimizer, self.deepspeed)
+        return engine_settings.Settings(
+            self.precision, self.zero, self.batch, self.optimizer, self.deepspeed, self.loss_scale
+        )
 
     @property
     def warm_steps(self) -> int:

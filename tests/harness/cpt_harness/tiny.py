@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cpt.config import beside
-from cpt.engine import Engine, StepResult
+from cpt.engine import Engine, StepResult, loss_scale
 from cpt.engine.settings import Batch, Optimizer, Settings
 from cpt.methods import Seams
 from cpt.models import llama
@@ -38,6 +38,13 @@ def rate_of_step(step: int) -> float:
 def build_llama() -> llama.Model:
     """The tiny Llama; its weights are not set."""
     return llama.Model(LLAMA, switch.choose(switch.Settings(), torch.device("cpu")))
+
+
+def let_the_cpu_train_in_fp16() -> None:
+    """In this process. Torch computes fp16 on any CPU, slowly; DeepSpeed asks for instructions that few have."""
+    from deepspeed.accelerator import get_accelerator
+
+    type(get_accelerator()).is_fp16_supported = lambda self: True
 
 
 class Crumbs(nn.Module):
@@ -79,6 +86,7 @@ def start_engine(
     compiling: compiled.Settings | None = None,
     is_within_documents: bool = False,
     shares_norms: bool = False,
+    scale: loss_scale.Settings | None = None,
     **optimizer: float,
 ) -> Engine:
     """An engine around a new model, or this rank's part of it, with the model's initial values of SEED."""
@@ -100,7 +108,9 @@ def start_engine(
         prepare_blocks(made, recomputing, compiling, zero == 3, is_within_documents)
     engine = Engine(
         made,
-        Settings(precision, zero, Batch(windows, micro_batch), settings, deepspeed or {}),
+        Settings(
+            precision, zero, Batch(windows, micro_batch), settings, deepspeed or {}, scale or loss_scale.Settings()
+        ),
         mesh,
         list(methods),
         lambda groups: torch.optim.AdamW(
