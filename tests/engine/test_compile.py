@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -148,6 +149,50 @@ def test_inductor_trains_within_a_tolerance(zero, mode, precision):
         assert (values - other).abs().max() <= tolerance, name
 
 
+def train_and_look(mesh, compiling: Settings, shares_norms: bool) -> list:
+    """What three steps tell, and what is done in what order in the compiled backward pass of a block."""
+    codes: list[str] = []
+    torch._inductor.config.compile_threads = 1
+    torch._inductor.graph.GraphLowering.save_output_code = staticmethod(codes.append)
+    # Not from the cache, which has no code to look at.
+    with torch._inductor.config.patch(force_disable_caches=True):
+        engine = tiny.start_engine(
+            mesh, model=equality.make("llama"), compiling=compiling, shares_norms=shares_norms, epsilon=1e-4
+        )
+        results = tiny.take_steps(engine, mesh, 0, 3)
+    calls = re.findall(r"(extern_kernels\.\w*mm|_c10d_functional\.\w+)\(|(?<=ops\.)(_c10d_functional\.\w+)", codes[1])
+    told = [(r.loss, r.grad_norm) for r in results]
+    return [told, tiny.fragments(engine), [one or other for one, other in calls]]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shares_norms", [False, True])
+def test_sums_go_on_while_gradients_of_weights_are_computed_and_change_no_bit(shares_norms):
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        pytest.skip("inductor needs a C++ compiler")
+
+    def work(mesh):
+        return [train_and_look(mesh, Settings(True, overlaps_sums=way), shares_norms) for way in (False, True)]
+
+    for (told, fragments, plain), (same, equal, overlapping) in on_ranks(2, work, tensor=2, seconds=400):
+        assert told == same
+        for (name, *_, values), (*_, other) in zip(fragments, equal, strict=True):
+            assert torch.equal(values, other), name
+        assert sorted(plain) == sorted(overlapping)
+        assert num_products_on_the_way(plain) == 0 < num_products_on_the_way(overlapping)
+
+
+def num_products_on_the_way(calls: list[str]) -> int:
+    """Products that are made while something is sent."""
+    number, is_sent = 0, False
+    for call in calls:
+        number += is_sent and call.endswith("mm")
+        is_sent = call.startswith("_c10d") and not call.endswith("wait_tensor")
+    return number
+
+
 @pytest.mark.parametrize(
     ("mode", "gathered", "documents", "way"),
     [
@@ -182,3 +227,12 @@ def test_a_backend_that_does_not_work_here_is_refused_before_anything_is_built(m
 def test_a_backend_that_there_is_not_is_told_with_the_nearest():
     with pytest.raises(Fault, match="backend = 'inductr' is not known; did you mean inductor?"):
         read_settings(Settings, {"blocks": True, "backend": "inductr"})
+
+
+@pytest.mark.parametrize("words", [{}, {"blocks": True, "backend": "aot_eager"}])
+def test_an_order_of_work_without_inductor_is_a_fault(words):
+    with pytest.raises(Fault) as caught:
+        read_settings(Settings, {"overlaps_sums": True, **words})
+    assert list(caught.value.lines) == [
+        "overlaps_sums = true: inductor orders the work so; set blocks = true and backend = inductor"
+    ]

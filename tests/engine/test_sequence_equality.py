@@ -8,6 +8,7 @@ from cpt_harness.equality import alone, assert_near, case, joined, make, train, 
 from cpt_harness.ranks import on_ranks
 
 from cpt.methods import Seams, reptile
+from cpt.models.layers import compiled, recompute
 
 ONE_HEAD = "llama, one head for all"
 # The rest of the matrix is in test_every_mesh. Windows of 12 positions: 6 on each of two ranks, 3 on each of four.
@@ -54,6 +55,15 @@ def test_bf16_stays_near_fp32():
         mine, reference = joined(of_ranks), alone(one.model)
         assert mine["loss"] == pytest.approx(reference["loss"], abs=0.02)
         assert mine["norm"] == pytest.approx(reference["norm"], rel=0.05)
+
+
+def test_blocks_that_are_computed_again_or_compiled_exchange_the_same():
+    (expected,) = train_all([case("llama", 2, 1, sequence=2)]).values()
+    ways = [{"recomputing": recompute.Settings(mode)} for mode in ("selective", "full")]
+    ways.append({"compiling": compiled.Settings(blocks=True, backend="aot_eager")})
+    for way in ways:
+        (of_ranks,) = train_all([case("llama", 2, 1, sequence=2)], **way).values()
+        assert_near(joined(of_ranks), joined(expected), 1e-12)
 
 
 class Extra(Seams):

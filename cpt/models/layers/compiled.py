@@ -19,12 +19,37 @@ from cpt.config import Fault
 _OPERATIONS = ("rms_norm", "layer_norm", "rotary", "swiglu", "gelu")
 
 
+# Inductor then begins to send as soon as what is sent is there, and waits when the outcome is used: sums over tensor
+# ranks go on while gradients of weights are computed. Its order for the least memory, made last, would undo that.
+_OVERLAPPING = {
+    "reorder_for_compute_comm_overlap": True,
+    "reorder_for_compute_comm_overlap_passes": ["raise_comms", "sink_waits"],
+    "reorder_for_peak_memory": False,
+}
+
+
 @dataclass(frozen=True)
 class Settings:
-    """`blocks`: whether blocks are compiled. `backend`: `aot_eager` needs no C++ compiler and saves nothing."""
+    """`blocks`: whether blocks are compiled. `backend`: `aot_eager` needs no C++ compiler and saves nothing.
+
+    `overlaps_sums`: let what tensor ranks send one another go on while gradients of weights are computed. At ZeRO 0 to
+    2, for at ZeRO 3 blocks are not compiled as a whole.
+    """
 
     blocks: bool = False
     backend: Literal["inductor", "aot_eager"] = "inductor"
+    overlaps_sums: bool = False
+
+    def faults(self) -> list[str]:
+        """An order of work without the one who makes it."""
+        if self.overlaps_sums and not (self.blocks and self.backend == "inductor"):
+            return ["overlaps_sums = true: inductor orders the work so; set blocks = true and backend = inductor"]
+        return []
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """What torch.compile is told."""
+        return {"backend": self.backend, **({"options": _OVERLAPPING} if self.overlaps_sums else {})}
 
 
 def refuse_broken(settings: Settings, device: torch.device) -> None:
@@ -32,7 +57,7 @@ def refuse_broken(settings: Settings, device: torch.device) -> None:
     if not settings.blocks:
         return
     try:
-        torch.compile(lambda numbers: numbers + 1, backend=settings.backend)(torch.ones(3, device=device))
+        torch.compile(lambda numbers: numbers + 1, **settings.words)(torch.ones(3, device=device))
     except Exception as error:  # whatever a backend raises; it is told on
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise Fault(
@@ -43,7 +68,7 @@ def refuse_broken(settings: Settings, device: torch.device) -> None:
 
 def compiled(forward: Callable[..., Tensor], settings: Settings) -> Callable[..., Tensor]:
     """`forward` of a block, compiled when it is first called."""
-    return torch.compile(forward, backend=settings.backend)
+    return torch.compile(forward, **settings.words)
 
 
 def compile_operations(block: nn.Module, settings: Settings) -> None:
