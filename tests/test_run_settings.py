@@ -230,7 +230,7 @@ def test_a_parent_that_is_only_a_name_is_a_fault(file):
          "stages.0.schedule.warmup = 20000: 20,000 tokens, the stage has 10,000; make them shorter"),
         ("zero=0", "zero = 0 with precision = bf16: "),
         ("deepspeed.fp16.enabled=true",
-         "deepspeed.fp16: this is set by precision here; take it out of the block, or write auto"),
+         "deepspeed.fp16: this is set by precision and loss_scale here; take it out of the block, or write auto"),
         ("mesh.pipeline=0", "mesh.pipeline = 0: at least 1"),
         ("mesh.tensor=3", "mesh.tensor = 3 cannot split model.heads = 4 evenly; use 1, 2 or 4"),
         ("mesh.sequence=8", "mesh.sequence = 8 cannot split model.heads = 4 evenly; use 1, 2 or 4"),

@@ -64,7 +64,10 @@ class Seams:
         """A step begins."""
 
     def after_forward(self, forward: Forward) -> torch.Tensor | None:
-        """A further loss (a scalar, mean over tokens here) to add to this micro-batch's, or None."""
+        """A further loss (a scalar, mean over tokens here) to add to this micro-batch's, or None.
+
+        Under fp16 a micro-batch comes again in each try of a step whose gradients overflowed.
+        """
         return None
 
     def before_update(self, masters: Masters, progress: Progress) -> None:

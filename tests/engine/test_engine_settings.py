@@ -70,7 +70,7 @@ def test_a_micro_batch_is_all_windows_of_a_rank_unless_told():
             "zero = 0 with precision = bf16: DeepSpeed takes an optimiser step of its own before the first one and "
             "decays the weights; use zero = 1, which costs nothing more, or precision = fp32"
         ]),
-        (Settings, {"precision": "fp16"}, ["precision = 'fp16' is not known; did you mean bf16 or fp32?"]),
+        (Settings, {"precision": "fp15"}, ["precision = 'fp15' is not known; did you mean fp32 or fp16 or bf16?"]),
     ],
 )  # fmt: skip
 def test_settings_outside_their_range_are_faults(kind, plain, lines):
