@@ -32,6 +32,8 @@ from cpt.data.prepare.tokenizers import Tokenizer
 from cpt.data.share_table import share_table
 from cpt.engine import Engine, StepResult
 from cpt.evaluation.held_out import HeldOut
+from cpt.evaluation.history import read_history
+from cpt.evaluation.measures import lines_about
 from cpt.evaluation.start_gate import StartGate
 from cpt.lineage import chain, tree
 from cpt.models.layers.blocks import prepare_blocks
@@ -303,6 +305,9 @@ class _Loop:
             )
         if records and progress.step not in self.journal.scored_steps:
             self.journal.scores(records)
+        if records and stage_end and self.mesh.is_first:
+            for line in lines_about(read_history(self.folder.path)):
+                _log.info("after stage %s: %s", stage, line)
         return records
 
     def _hold_against_parent(self, records: list[dict[str, Any]]) -> None:

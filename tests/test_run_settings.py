@@ -179,6 +179,46 @@ def test_a_child_may_choose_another_sequence_length(file, tmp_path):
     assert read_run([file(CHILD), f"parent.run={tmp_path}/base", "sequence_length=128"]).sequence_length == 128
 
 
+def held_out_of_child(file, above: list[str], *words: str):
+    """What a child of a run with the settings `above` scores."""
+    base = read_run([file(SMALLEST), *above])
+    path = Path(file("", "base/run.yaml"))
+    write_yaml(base, path)
+    return read_run([file(CHILD, "child.yaml"), f"parent.run={path.parent}", *words]).evaluation
+
+
+def test_a_child_scores_all_that_its_parent_does_beside_its_own(file):
+    above = ["evaluation.held_out={en: en-held, fr: fr-held}"]
+    told = held_out_of_child(file, above, "evaluation.held_out.de=de-held")
+    assert list(told.held_out.items()) == [("de", Path("de-held")), ("en", Path("en-held")), ("fr", Path("fr-held"))]
+
+
+def test_a_name_that_the_child_uses_itself_is_its_own_text(file):
+    told = held_out_of_child(file, ["evaluation.held_out.prose=old"], "evaluation.held_out.prose=new")
+    assert told.held_out == {"prose": Path("new")}
+    assert not held_out_of_child(file, ["evaluation.held_out.prose=old"], "stages.0.sources.prose.hold_out=1%").held_out
+
+
+def test_what_a_parents_source_held_out_is_scored_by_its_grandchildren(file):
+    child = held_out_of_child(file, ["stages.0.sources.prose.hold_out=1/20"], "stages.0.sources.prose.corpus=data/law")
+    assert {name: end.share for name, end in child.ends.items()} == {"prose": Fraction(1, 20)}
+    grandchild = held_out_of_child(file, ["evaluation.ends={prose: {corpus: data/prose, share: 1/20}}"])
+    assert grandchild.ends == child.ends and grandchild.ends["prose"].corpus.name == "prose"
+
+
+def test_a_child_that_is_told_not_to_inherits_no_held_out_text(file):
+    above = ["evaluation.held_out.en=en-held", "stages.0.sources.prose.hold_out=1/20"]
+    told = held_out_of_child(file, above, "evaluation.inherit=false")
+    assert (told.held_out, told.ends) == ({}, {})
+
+
+def test_an_end_of_a_corpus_that_is_nothing_or_all_of_it_is_a_fault(file):
+    words = "evaluation.ends={a: {corpus: x, share: 0}, b: {corpus: x, share: 1}}"
+    assert faults_of(file(SMALLEST), words) == [
+        "evaluation.ends.a.share = 0.0: above 0 and below 1", "evaluation.ends.b.share = 1.0: above 0 and below 1",
+    ]  # fmt: skip
+
+
 def test_a_parent_is_found_from_the_home_folder(file, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     file(SMALLEST, "base/run.yaml")

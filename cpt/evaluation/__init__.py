@@ -7,8 +7,6 @@ from cpt.evaluation.forgetting import (
     best,
     forgetting,
     last,
-    learned_loss,
-    retained_loss,
     rise,
     score_matrix,
 )
@@ -20,8 +18,6 @@ __all__ = [
     "best",
     "forgetting",
     "last",
-    "learned_loss",
-    "retained_loss",
     "rise",
     "score_matrix",
 ]

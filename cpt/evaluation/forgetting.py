@@ -11,10 +11,7 @@ positive means worse than before:
     forgetting(source) = last - best so far, row 0 included; 0 where the last is the best, never below   prose +0.30
     rise(source)       = last - row 0; negative where something was learned                              code  -1.60
 
-Over a run that learned task j in stage j, with L_j the loss of task j and T the last stage (arXiv:2508.01908):
-
-    learned loss  = mean over j of L_j right after stage j       how well each task was learned when it was its turn
-    retained loss = mean over j of L_j after stage T             how well all of them are known in the end
+What is read from many stages, and from a run and its parents, is in cpt/evaluation/measures.py.
 """
 
 from __future__ import annotations
@@ -67,19 +64,6 @@ class ScoreMatrix:
     def last_score(self, source: str) -> Score | None:
         """The newest score of a source; None if there is none."""
         return next((row.scores[source] for row in reversed(self.rows) if source in row.scores), None)
-
-    def row_after(self, stage: str) -> ScoreRow:
-        """The evaluation that ended a stage; row 0 for START.
-
-        Raises Fault if the stage has not ended with an evaluation.
-        """
-        if stage == START:
-            return self.rows[0]
-        ends = [row for row in self.rows if row.is_stage_end and row.stage == stage]
-        if not ends:
-            ended = [row.stage for row in self.rows if row.is_stage_end]
-            raise Fault(f"stage {stage} has not ended with an evaluation; ended: {', '.join(ended) or 'none'}")
-        return ends[-1]
 
     def milestones(self) -> tuple[ScoreRow, ...]:
         """Row 0, the end of each stage and the newest evaluation: the matrix without the evaluations on the way."""
@@ -167,39 +151,3 @@ def rise(losses: Sequence[float | None]) -> float | None:
     if newest is None or losses[0] is None:
         return None
     return newest - losses[0]
-
-
-# ---- numbers of a whole run: `source_of_stage` says which source is the task of each stage
-
-
-def learned_loss(matrix: ScoreMatrix, source_of_stage: Mapping[str, str]) -> float:
-    """Mean over the stages of the loss of each stage's own source right after the stage.
-
-    A stage that belongs to the parent run is named START: its end is this run's row 0.
-
-    Raises Fault if a stage has not ended with an evaluation of its source.
-    """
-    return mean([loss_in(matrix.row_after(stage), source) for stage, source in source_of_stage.items()])
-
-
-def retained_loss(matrix: ScoreMatrix, source_of_stage: Mapping[str, str]) -> float:
-    """Mean over the stages of the loss of each stage's own source in the newest evaluation.
-
-    Raises Fault if one of the sources was not evaluated there.
-    """
-    return mean([loss_in(matrix.rows[-1], source) for source in source_of_stage.values()])
-
-
-def loss_in(row: ScoreRow, source: str) -> float:
-    """The loss of `source` in one evaluation; Fault if it was not scored there."""
-    if source not in row.scores:
-        known = ", ".join(row.scores) or "nothing"
-        raise Fault(f"source {source} was not evaluated at step {row.step}; evaluated there: {known}")
-    return row.scores[source].loss
-
-
-def mean(losses: Sequence[float]) -> float:
-    """The arithmetic mean; Fault if there is nothing to take it of."""
-    if not losses:
-        raise Fault("no stages were given to take the mean over; name at least one stage and its source")
-    return math.fsum(losses) / len(losses)

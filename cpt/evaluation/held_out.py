@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
@@ -26,13 +27,29 @@ from cpt.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
+class End:
+    """The end of a corpus, this share of it, which a source of an ancestor held out."""
+
+    corpus: Path
+    share: Fraction
+
+    def faults(self) -> list[str]:
+        """Nothing, or all of it."""
+        return [] if 0 < self.share < 1 else [f"share = {float(self.share)}: above 0 and below 1"]
+
+
+@dataclass(frozen=True)
 class Settings:
     """`held_out`: name and corpus of each source to score. `windows`: of each, evenly spread; 0 for all of them.
 
-    Scored before the first step and at the end of every stage, and every `every_tokens` in between.
+    Scored before the first step and at the end of every stage, and every `every_tokens` in between. `inherit`: a child
+    scores all that its parent does too, under the same names; what it names itself stays as it says. `ends` is filled
+    so with what the sources of ancestors held out.
     """
 
     held_out: dict[str, Path] = field(default_factory=dict)
+    inherit: bool = True
+    ends: dict[str, End] = field(default_factory=dict)
     windows: int = 64
     every_tokens: int | None = None
     micro_batch: int = 16

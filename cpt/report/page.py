@@ -14,13 +14,27 @@ from pathlib import Path
 from cpt.config import Fault
 from cpt.report import plots
 from cpt.report.runs import RunRecord
-from cpt.report.tables import Table, comparison_tables, findings, runs_table, tokens_cell
+from cpt.report.tables import (
+    Table,
+    comparison_tables,
+    findings,
+    measures_table,
+    passages_table,
+    runs_table,
+    tokens_cell,
+)
 
 TABLE_WIDTH = 120  # characters that fit across the page
 
 TERMS = (
     "Losses are on held-out text, in nats a token: lower is better. Forgetting is how far a loss lies above its lowest "
     "so far in the same run, the one before the first step included: 0 where nothing was lost."
+)
+MEASURES = (
+    "Learned: mean loss of each source right after its own stage. Retained: the same, now. Forgetting: mean height of "
+    "old sources above their best so far. BWT: positive where later stages helped old sources, negative where they "
+    "were forgotten. FWT: positive where a source was known better just before its own stage than before the first. "
+    "Gap: the part of a rise that went away again within the stage."
 )
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2127; --pale: #626a75; --line: #d6dae0; --paper: #ffffff;
@@ -89,6 +103,7 @@ def page(runs: Sequence[RunRecord]) -> str:
         '<ul class="lead">' + "".join(f"<li>{escape(sentence)}</li>" for sentence in findings(runs)) + "</ul>",
         notes(runs),
         section("What was learned, what was lost", "".join(map(html_table, comparison_tables(runs, TABLE_WIDTH)))),
+        section("Measures", measures_of(runs)),
         section("Over the course of training", pictures(runs)),
         section("Score matrices", heat_maps(runs)),
         section("Runs", html_table(runs_table(runs))),
@@ -109,6 +124,12 @@ def page(runs: Sequence[RunRecord]) -> str:
 def section(title: str, content: str) -> str:
     """A headed part of the page; nothing if it has no content."""
     return f"<h2>{title}</h2>\n{content}" if content else ""
+
+
+def measures_of(runs: Sequence[RunRecord]) -> str:
+    """The measures of the lineages with what they mean; nothing if there are none."""
+    tables = [table for table in (measures_table(runs), passages_table(runs)) if table]
+    return f'<p class="pale">{MEASURES}</p>' + "".join(map(html_table, tables)) if tables else ""
 
 
 def notes(runs: Sequence[RunRecord]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cpt.config import Fault
 from cpt.evaluation import ScoreMatrix, score_matrix
+from cpt.evaluation.history import History, read_history
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class RunRecord:
     notes: tuple[str, ...] = ()  # what was wrong with the files, but not enough to stop
     parent_label: str | None = None  # of the parent, if it is in the same report
     tokens_before: int = 0  # tokens of the parents in the same report, up to where this run began
+    history: History | None = None  # its scores and those of all its parents, in the report or not
 
     @property
     def tokens(self) -> int:
@@ -100,6 +102,11 @@ def read_run(folder: Path) -> RunRecord:
         matrix = score_matrix(scores)
     except Fault as fault:
         raise Fault(f"{folder / SCORES}: {line}" for line in fault.lines) from None
+    try:
+        history = read_history(folder)
+    except Fault as fault:  # of a parent's folder, which nobody asked to be shown
+        history = None
+        notes += [f"the parents of {folder} are left out: {line}" for line in fault.lines]
     for note in notes:
         logger.warning(note)
     settings = folder / SETTINGS
@@ -111,6 +118,7 @@ def read_run(folder: Path) -> RunRecord:
         scores=matrix,
         settings=settings.read_text(encoding="utf-8", errors="replace") if settings.is_file() else "",
         notes=tuple(notes),
+        history=history,
     )
 
 

@@ -19,7 +19,8 @@ from cpt.run.settings import Run
 def read_run(words: Sequence[str]) -> Run:
     """The run that YAML files and key=value words describe.
 
-    A child takes the model, the sequence length and the kind of attention from its parent, where it says nothing else.
+    A child takes the model, the sequence length and the kind of attention from its parent, where it says nothing else,
+    and the held-out text that its parent scores, beside its own.
     Raises Fault with every mistake at once.
     """
     return run_of(read_mapping(words))
@@ -65,6 +66,9 @@ FREE_TO_CHANGE = (
 )
 
 
+_NOTHING = ("0", "0.0", "0%", "None")  # ways to write a share of nothing
+
+
 def _with_model_of_folder(mapping: dict[str, Any]) -> dict[str, Any]:
     """`model: {from: FOLDER, ...}` as the model that the folder's config.json describes; what else is said wins."""
     model = mapping.get("model")
@@ -91,7 +95,32 @@ def _with_inherited(above: dict[str, Any], mapping: dict[str, Any]) -> dict[str,
     model = mapping.get("model")
     if isinstance(model, dict) and "name" not in model and isinstance(above.get("model"), dict):
         mapping = {**mapping, "model": {**above["model"], **model}}
+    mapping = _with_held_out(above, mapping)
     return {**{key: above[key] for key in ("model", "sequence_length", "attention") if key in above}, **mapping}
+
+
+def _with_held_out(above: dict[str, Any], mapping: dict[str, Any]) -> dict[str, Any]:
+    """A child's mapping with the held-out text of its parent's, but for names that mean text of its own."""
+    own = mapping.get("evaluation") or {}
+    if not isinstance(own, dict) or own.get("inherit", True) is not True:
+        return mapping
+    theirs = above.get("evaluation") or {}
+    # What a stage holds out the child cannot name as a corpus: it is the end of one.
+    ends = {name: {"corpus": s["corpus"], "share": s["hold_out"]} for name, s in _sources_that_hold_out(above)}
+    inherited = {"held_out": theirs.get("held_out") or {}, "ends": {**(theirs.get("ends") or {}), **ends}}
+    taken = {name for name, _ in _sources_that_hold_out(mapping)}
+    taken.update(name for key in inherited if isinstance(own.get(key), dict) for name in own[key])
+    kept = {key: {n: text for n, text in texts.items() if n not in taken} for key, texts in inherited.items()}
+    merged = {key: {**(own.get(key) or {}), **texts} for key, texts in kept.items() if texts}
+    return {**mapping, "evaluation": {**own, **merged}} if merged else mapping
+
+
+def _sources_that_hold_out(plain: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Names and mappings of the sources of all stages that hold out a part of their corpus."""
+    stages = plain.get("stages")
+    of_stages = [one.get("sources") for one in stages if isinstance(one, dict)] if isinstance(stages, list) else []
+    sources = [pair for one in of_stages if isinstance(one, dict) for pair in one.items()]
+    return [(str(name), s) for name, s in sources if isinstance(s, dict) and str(s.get("hold_out", 0)) not in _NOTHING]
 
 
 def model_after(plain: dict[str, Any], num_stages: int) -> Any:

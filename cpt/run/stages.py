@@ -82,17 +82,17 @@ def corpora_of(run: Run) -> dict[str, Path]:
         **sources,
         **declared,
         **{f"evaluation.held_out.{name}": path for name, path in run.evaluation.held_out.items()},
+        **{f"evaluation.ends.{name}": end.corpus for name, end in run.evaluation.ends.items()},
     }
 
 
 def held_out_of(run: Run) -> dict[str, HeldOut]:
-    """All held-out text by name: of its own, and what sources hold out."""
+    """All held-out text by name: of its own, and what sources of the run and its ancestors hold out."""
     of_its_own = {name: (path, 0) for name, path in run.evaluation.held_out.items()}
+    ends = [(name, end.corpus, end.share) for name, end in run.evaluation.ends.items()]
+    ends += [(n, s.corpus, s.hold_out) for stage in run.stages for n, s in stage.sources.items() if s.hold_out]
     of_sources = {
-        name: (source.corpus, trained_tokens(Corpus.open(source.corpus), run.sequence_length, source.hold_out))
-        for stage in run.stages
-        for name, source in stage.sources.items()
-        if source.hold_out
+        name: (path, trained_tokens(Corpus.open(path), run.sequence_length, share)) for name, path, share in ends
     }
     return {
         name: HeldOut(

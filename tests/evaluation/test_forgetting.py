@@ -7,7 +7,7 @@ import math
 import pytest
 
 from cpt.config import Fault
-from cpt.evaluation import best, forgetting, last, learned_loss, retained_loss, rise, score_matrix
+from cpt.evaluation import best, forgetting, last, rise, score_matrix
 
 NOT_A_NUMBER = float("nan")
 INFINITE = float("inf")
@@ -123,27 +123,6 @@ def test_last_and_best_pass_over_what_was_not_evaluated():
     assert last((3.0, 2.0, None)) == 2.0
     assert best((None, 3.0, 2.0, 2.5)) == 2.0
     assert best((NOT_A_NUMBER,)) is None
-
-
-def test_learned_loss_is_taken_after_each_stage_and_retained_loss_at_the_end():
-    tasks = {"start": "prose", "code": "code", "law": "law"}
-    assert learned_loss(two_stages(), tasks) == pytest.approx((3.0 + 2.0 + 1.5) / 3)
-    assert retained_loss(two_stages(), tasks) == pytest.approx((3.25 + 2.5 + 1.5) / 3)
-
-
-def test_a_stage_that_has_not_ended_has_no_learned_loss():
-    with pytest.raises(Fault, match="stage poems has not ended with an evaluation; ended: code, law"):
-        learned_loss(two_stages(), {"poems": "prose"})
-
-
-def test_a_source_that_was_not_evaluated_has_no_learned_loss():
-    with pytest.raises(Fault, match="source poems was not evaluated at step 9; evaluated there: prose, code, law"):
-        learned_loss(two_stages(), {"code": "poems"})
-
-
-def test_a_mean_over_no_stages_is_refused():
-    with pytest.raises(Fault, match="no stages were given"):
-        retained_loss(two_stages(), {})
 
 
 def test_a_line_without_its_values_is_told_by_its_number():

@@ -47,7 +47,7 @@ def append(path: Path, *lines: dict[str, object]) -> None:
 
 
 def test_a_run_is_read_with_its_steps_scores_parent_and_settings(tmp_path):
-    parent = {"run": "../base", "step": 7, "tokens": 700}
+    parent = {"run": "../base", "step": 7, "tokens": 700, "learning_rate": 1e-3}
     run = read_run(write_run(tmp_path / "child", parent))
     assert (run.label, run.tokens, run.settings) == ("child", 300, "model: {name: llama}\n")
     assert (run.parent.folder, run.parent.step, run.parent.tokens) == ("../base", 7, 700)
