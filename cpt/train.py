@@ -31,6 +31,7 @@ from cpt.data.order import StageOrder
 from cpt.data.prepare.tokenizers import Tokenizer
 from cpt.data.share_table import share_table
 from cpt.engine import Engine, StepResult
+from cpt.evaluation.guard import Verdict, verdict_after
 from cpt.evaluation.held_out import HeldOut
 from cpt.evaluation.history import read_history
 from cpt.evaluation.measures import lines_about
@@ -53,6 +54,8 @@ from cpt.run.stages import corpora_of, held_out_of, order_of, refuse_bad_stages
 from cpt_kernels import switch
 
 _log = logging.getLogger(__name__)
+
+STOPPED = "stopped.json"  # why `stop_if` stopped the run
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,8 @@ class _Loop:
         if place.progress.step == 0:
             self._hold_against_parent(self._score(place.progress, "start", stage_end=False))
             self._warm(place)
+        else:
+            self._refuse_what_was_forgotten(place.progress.step)
         for stage in self.run.stages[place.progress.stage :]:
             order = order_of(self.run, place)
             self.engine.use_model_settings(self.run.model_of(place.progress.stage))
@@ -205,21 +210,44 @@ class _Loop:
             is_last = place.progress.stage_tokens >= stage.total_tokens
             if is_last:
                 self.engine.end_stage(place.progress)
+            has_forgotten = False
             if is_last or place.progress.crosses(run.evaluation.every_tokens):
                 self._score(place.progress, stage.name, stage_end=is_last)
+                has_forgotten = self._has_forgotten(place.progress.step)
             ledger = order.ledger_after(first_slot + num_windows)
             if is_last:
                 place = place.at_next_stage(ledger)
-            is_end = result.stop_asked or place.progress.stage == len(run.stages)
+            is_end = result.stop_asked or has_forgotten or place.progress.stage == len(run.stages)
             if is_end:
                 self.saving.save_last(place, ledger)
             elif is_last or self.saving.is_due(place.progress):
                 self.saving.save(place, ledger)
             elif result.save_asked:
                 self.saving.save(place, ledger, is_temporary=True)
+            if has_forgotten:
+                self._refuse_what_was_forgotten(place.progress.step)
             if result.stop_asked and place.progress.stage < len(run.stages):
                 return place, True
         return place, False
+
+    def _has_forgotten(self, step: int) -> bool:
+        """Whether a limit of `stop_if` is exceeded by the evaluation at that step; the same on all ranks."""
+        return bool(self.run.stop_if.forgetting) and self.mesh.any(self._verdict(step) is not None)
+
+    def _refuse_what_was_forgotten(self, step: int) -> None:
+        """Raise TrainingError if `stop_if` stops the run at that step, which is saved. Leave a note, or take it off."""
+        has_forgotten = self._has_forgotten(step)
+        verdict = self._verdict(step) if has_forgotten else None
+        if verdict is not None:
+            self.folder.write_json(STOPPED, {"step": step, "stop_if": verdict.as_json()})
+        elif self.mesh.is_first:
+            (self.folder.path / STOPPED).unlink(missing_ok=True)
+        if has_forgotten:
+            raise TrainingError(verdict.as_line(step) if verdict else "stopped by stop_if; the first rank says why")
+
+    def _verdict(self, step: int) -> Verdict | None:
+        """What the first rank, which wrote the scores, reads from them."""
+        return verdict_after(self.run.stop_if, read_history(self.folder.path), step) if self.mesh.is_first else None
 
     def _refuse_differing_copies(self, progress: Progress) -> None:
         """Raise TrainingError if ranks that should hold the same weights do not, where that is looked at."""

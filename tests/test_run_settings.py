@@ -40,6 +40,7 @@ mesh: {timeout_seconds: 60}
 kernels: {all: plain}
 methods: [{name: reptile, every: 5, step_size: 0.5}]
 evaluation: {held_out: {no: data/no, 5: data/five}, windows: 0, every_tokens: 1M, micro_batch: 2}
+stop_if: {forgetting: {source: no, above: 0.1}}
 checkpoint: {every_tokens: 2M, keep_last: 3, keep_every_tokens: 10M, temporary_every_minutes: 7.5, in_background: false}
 log: {every_steps: 10, peak_tflops: 989}
 deepspeed: {zero_optimization: {reduce_bucket_size: 5e8, stage: auto}, timers: {x: 2024-01-05}}
@@ -210,6 +211,30 @@ def test_a_child_that_is_told_not_to_inherits_no_held_out_text(file):
     above = ["evaluation.held_out.en=en-held", "stages.0.sources.prose.hold_out=1/20"]
     told = held_out_of_child(file, above, "evaluation.inherit=false")
     assert (told.held_out, told.ends) == ({}, {})
+
+
+def test_a_limit_alone_is_a_list_of_one_and_several_are_read(full, file):
+    assert [(limit.source, limit.above) for limit in full.stop_if.forgetting] == [("no", 0.1)]
+    words = [
+        "evaluation.held_out={a: x, b: y}",
+        "stop_if.forgetting=[{source: a, above: 0.1}, {source: b, above: 2e-1}]",
+    ]
+    run = read_run([file(SMALLEST), *words])
+    assert [limit.above for limit in run.stop_if.forgetting] == [0.1, 0.2]
+    assert not differences(as_mapping(run), as_mapping(read_run([file(SMALLEST)]))), "free to change"
+
+
+def test_limits_that_cannot_work_are_faults(file):
+    words = ["stop_if.forgetting={source: en, above: 0.1}"]
+    assert faults_of(file(SMALLEST), *words) == [
+        "stop_if.forgetting.0.source = en: no held-out text is called so; scored are: none, name some in "
+        "evaluation.held_out"
+    ]
+    assert faults_of(file(SMALLEST), *words, "evaluation.held_out.fr=x") == [
+        "stop_if.forgetting.0.source = en: no held-out text is called so; scored are: fr"
+    ]
+    (told,) = faults_of(file(SMALLEST), "stop_if.forgetting={source: en, above: -1}", "evaluation.held_out.en=x")
+    assert told == "stop_if.forgetting.0.above = -1: a number of nats, at least 0"
 
 
 def test_an_end_of_a_corpus_that_is_nothing_or_all_of_it_is_a_fault(file):

@@ -123,15 +123,15 @@ def joined(parts: Sequence[Part]) -> History:
 
 def _over(row: ScoreRow, newer: ScoreRow) -> ScoreRow:
     """The same place with the scores of both, the newer ones where both have one."""
-    return dataclasses.replace(row, scores={**row.scores, **newer.scores})
+    return dataclasses.replace(newer, scores={**row.scores, **newer.scores})
 
 
 def _ended(stage: StageScores, row: ScoreRow) -> StageScores:
     """The stage with a child's row 0 as its end."""
-    if stage.rows[-1].tokens == row.tokens:
-        return dataclasses.replace(stage, rows=(*stage.rows[:-1], _over(stage.rows[-1], row)))
     end = dataclasses.replace(row, stage=stage.name, is_stage_end=True)
-    return dataclasses.replace(stage, rows=(*stage.rows, end))
+    if stage.rows[-1].tokens != row.tokens:
+        return dataclasses.replace(stage, rows=(*stage.rows, end))
+    return dataclasses.replace(stage, rows=(*stage.rows[:-1], _over(stage.rows[-1], end)))
 
 
 def _scores_of(run: Path) -> ScoreMatrix:

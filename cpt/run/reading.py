@@ -28,6 +28,7 @@ def read_run(words: Sequence[str]) -> Run:
 
 def run_of(mapping: dict[str, Any]) -> Run:
     """The run that one mapping of settings describes, as `read_run` does."""
+    mapping = _with_limits_in_a_list(mapping)
     parent = mapping.get("parent")
     faults: list[str] = []
     try:
@@ -57,6 +58,7 @@ FREE_TO_CHANGE = (
     "mesh",
     "kernels",
     "evaluation",
+    "stop_if",
     "checkpoint",
     "loader",
     "log",
@@ -64,6 +66,14 @@ FREE_TO_CHANGE = (
     "batch",
     "gate",
 )
+
+
+def _with_limits_in_a_list(mapping: dict[str, Any]) -> dict[str, Any]:
+    """`stop_if: {forgetting: {source: en, above: 0.1}}` as a list of one."""
+    guards = mapping.get("stop_if")
+    if not isinstance(guards, dict) or not isinstance(guards.get("forgetting"), dict):
+        return mapping
+    return {**mapping, "stop_if": {**guards, "forgetting": [guards["forgetting"]]}}
 
 
 _NOTHING = ("0", "0.0", "0%", "None")  # ways to write a share of nothing

@@ -19,7 +19,7 @@ from cpt.data.replay import Replay
 from cpt.data.streams import Source
 from cpt.engine import loss_scale
 from cpt.engine import settings as engine_settings
-from cpt.evaluation import held_out, start_gate
+from cpt.evaluation import guard, held_out, start_gate
 from cpt.models.growth import Growth
 from cpt.models.layers import compiled, recompute
 from cpt.models.layers.cutting import faults_of_cut
@@ -163,6 +163,7 @@ class Run:
     kernels: switch.Settings = field(default_factory=switch.Settings)
     methods: tuple[Any, ...] = field(default=(), metadata=chosen_from("cpt.methods"))
     evaluation: held_out.Settings = field(default_factory=held_out.Settings)
+    stop_if: guard.Settings = field(default_factory=guard.Settings)
     checkpoint: checkpoint_settings.Settings = field(default_factory=checkpoint_settings.Settings)
     loader: loader.Settings = field(default_factory=loader.Settings)
     log: Log = field(default_factory=Log)
@@ -285,6 +286,7 @@ class Run:
                 "lower it or raise model.longest_sequence"
             )
         faults.extend(self._faults_of_hold_outs())
+        faults.extend(self._faults_of_guards())
         faults += [
             f"stages.{index}.batch_warmup.{line}"
             for index, stage in enumerate(self.stages)
@@ -351,6 +353,17 @@ class Run:
         if self.optimizer_state == "keep" and self.weights:
             faults.append("optimizer_state = keep: a Hugging Face folder holds no moments; use reset or warm(100)")
         return faults
+
+    def _faults_of_guards(self) -> list[str]:
+        """Limits on what is not scored."""
+        of_sources = [name for stage in self.stages for name, source in stage.sources.items() if source.hold_out]
+        scored = list(dict.fromkeys([*self.evaluation.held_out, *self.evaluation.ends, *of_sources]))
+        return [
+            f"stop_if.forgetting.{index}.source = {limit.source}: no held-out text is called so; scored are: "
+            f"{', '.join(scored) or 'none, name some in evaluation.held_out'}"
+            for index, limit in enumerate(self.stop_if.forgetting)
+            if limit.source not in scored
+        ]
 
     def _faults_of_hold_outs(self) -> list[str]:
         """Names of held-out text that mean two things."""

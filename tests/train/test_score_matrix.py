@@ -44,3 +44,49 @@ def test_a_child_that_names_no_held_out_text_scores_its_parents_before_step_1_on
     (reported,) = json.loads(capsys.readouterr().out)["runs"]
     assert reported["measures"] == vars(found)
     assert reported["scores"][0]["scores"]["prose"]["interval"] == scores[0]["interval"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_forgets_too_much_is_saved_and_stopped_says_why_and_goes_on_where_more_is_allowed(
+    data, base, tmp_path, ranks
+):
+    plain = runs.settings(data, tmp_path / "plain", [runs.stage(data, "code", 8)], parent={"run": str(base)})
+    plain["evaluation"]["every_tokens"] = 2 * runs.TOKENS_A_STEP
+    config = runs.write_settings(tmp_path / "run.yaml", plain)
+    runs.trained(config)
+    limit = {"source": "prose", "above": 0.02}
+    prose = [s["loss"] for s in runs.lines(tmp_path / "plain" / "scores.jsonl") if s["source"] == "prose"]
+    at = next(row for row, loss in enumerate(prose) if loss - min(prose[: row + 1]) > limit["above"])
+    assert 0 < 2 * at < 8, "it stops in mid-run"
+
+    guarded = tmp_path / "guarded"
+    words = [config, f"output={guarded}", f"stop_if.forgetting={json.dumps(limit)}"]
+    for _ in range(2):  # the second time nothing is trained on
+        ended = runs.cpt("train", *words, ranks=ranks)
+        assert [status for status, _ in ended] == [1] * ranks
+        assert f"cpt train: stopped after step {2 * at}, which is saved: prose has lost " in ended[0][1]
+        assert "Traceback" not in ended[0][1]
+        note = json.loads((guarded / "stopped.json").read_text())
+        assert note["step"] == 2 * at and note["stop_if"]["source"] == "prose"
+        assert note["stop_if"]["forgetting"] == pytest.approx(prose[at] - min(prose[: at + 1]), abs=1e-5)
+        assert len(runs.lines(guarded / "metrics.jsonl")) == 2 * at
+        assert not (guarded / "finished.json").exists()
+    runs.trained(*words[:2], ranks=ranks)
+    assert not (guarded / "stopped.json").exists()
+    if ranks == 1:
+        found, expected = runs.story(guarded), runs.story(tmp_path / "plain")
+        assert found.pop("checkpoints") and expected.pop("checkpoints")  # it saved once more, where it stopped
+        assert found["metrics"] == expected["metrics"] and found["order"] == expected["order"]
+        assert found["scores"] == expected["scores"]
+
+
+def test_a_limit_exceeded_by_the_last_evaluation_leaves_a_run_that_is_not_finished(data, base, tmp_path):
+    plain = runs.settings(data, tmp_path / "run", [runs.stage(data, "code", 8)], parent={"run": str(base)})
+    plain["evaluation"]["every_tokens"] = None
+    plain["stop_if"] = {"forgetting": {"source": "prose", "above": 0.0}}
+    config = runs.write_settings(tmp_path / "run.yaml", plain)
+    ((status, told),) = runs.cpt("train", config)
+    assert status == 1 and "stopped after step 8" in told
+    assert not (tmp_path / "run" / "finished.json").exists()
+    runs.trained(config, "stop_if.forgetting=[]")
+    assert (tmp_path / "run" / "finished.json").exists()
