@@ -60,11 +60,15 @@ STOPPED = "stopped.json"  # why `stop_if` stopped the run
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of `train` ended. `signal`: the number of the signal that stopped it, None if the run is finished."""
+    """How a call of `train` ended. `signal`: the number of the signal that stopped it, None if the run is finished.
+
+    `asked`: of a signal that came to this rank, even if too late to stop it.
+    """
 
     folder: Path
     step: int
     signal: int | None = None
+    asked: int | None = None
 
 
 def train(run: Run, mesh: Mesh, why_orphaned: Callable[[], str | None] = lambda: None) -> Outcome:
@@ -173,14 +177,15 @@ class _Loop:
                 _log.warning(
                     "asked to stop: saved at step %d; the same command goes on from there", place.progress.step
                 )
-                return Outcome(self.folder.path, place.progress.step, self.stop.signal or signal.SIGTERM)
+                number = self.stop.signal or signal.SIGTERM
+                return Outcome(self.folder.path, place.progress.step, number, number)
         if self.mesh.is_first:
             self.saving.settle(
                 place, place.ledger_before_stage
             )  # a run that was ended right after its last save has not
             self.folder.finish(place.progress.step, place.progress.tokens)
         _log.info("finished at step %d: %s", place.progress.step, self.folder.path)
-        return Outcome(self.folder.path, place.progress.step)
+        return Outcome(self.folder.path, place.progress.step, asked=self.stop.signal)
 
     def _run_steps(self, stage: Stage, order: StageOrder, loader: Loader, place: Place) -> tuple[Place, bool]:
         """The inner loop: the steps of `stage` from `place` on. The place after them; whether a signal ended them."""

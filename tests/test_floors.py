@@ -17,7 +17,7 @@ SHELVES = {"cpt": ROOT, "cpt_kernels": ROOT / "kernels", "cpt_launcher": ROOT / 
 
 FLOORS = {
     9: ["cpt.cli"],
-    8: ["cpt_launcher"],
+    8: ["cpt_launcher", "cpt.versions"],
     7: ["cpt.train", "cpt.planning", "cpt.report", "cpt.benchmarks"],
     6: ["cpt.run"],
     5: ["cpt.engine"],

@@ -73,7 +73,9 @@ def _checkpoint(path: Path, at: str) -> Checkpoint:
     try:
         found = find_checkpoint(checkpoints, at) if checkpoints.is_dir() else None
     except Fault as fault:
-        way_out = "a run keeps its last few (checkpoint.keep_last), and for ever those of checkpoint.keep_every_tokens"
+        way_out = (
+            "a run keeps its last few (checkpoint.keep_last), for ever those of keep_every_tokens and keep_at_tokens"
+        )
         raise Fault(f"{fault}; {way_out}") from None
     if found is None:
         raise Fault(f"{path} has saved no checkpoint yet")
@@ -93,7 +95,8 @@ def _refuse_other_stages_windows(above: Run, left: Place, branch: Run) -> None:
     if number + 1 >= len(above.stages):
         return
     stage = above.stages[number]
-    there = above.num_steps(stage, left.progress.stage_tokens) * above.tokens_a_step
+    tokens_done = left.progress.stage_tokens
+    there = above.num_slots(stage, tokens_done) * above.sequence_length - tokens_done
     if branch.total_tokens > there:
         raise Fault(
             f"--tokens: the branch takes {branch.total_tokens:,} and stage {stage.name} of {branch.parent.run} has "

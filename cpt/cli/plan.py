@@ -6,6 +6,7 @@ import argparse
 
 from cpt.planning.plan import plan_lines
 from cpt.run import read_run
+from cpt.versions import plan_lines_of_versions, read_versions
 
 EXAMPLE = "cpt plan configs/quickstart/replay.yaml --ranks 8"
 
@@ -18,6 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; status 2 with every reason if it cannot work."""
-    for line in list(plan_lines(read_run(arguments.settings), arguments.ranks)):
+    versions = read_versions(arguments.settings)
+    if versions:
+        lines = plan_lines_of_versions(versions, arguments.ranks)
+    else:
+        lines = plan_lines(read_run(arguments.settings), arguments.ranks)
+    for line in list(lines):
         print(line)
     return 0

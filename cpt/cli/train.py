@@ -1,4 +1,4 @@
-"""Train a run from its settings, or go on where it stopped; one process, or as many as a launcher starts."""
+"""Train a run or a version plan, or go on where it stopped; one process, or as many as a launcher starts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from cpt.observe.logs import log_to_terminal
 from cpt.parallel.mesh import num_gpus, open_mesh
 from cpt.run import read_run
 from cpt.train import TrainingError, train
+from cpt.versions import read_versions, train_versions
 from cpt_launcher.launchers import find_launchers
 from cpt_launcher.rendezvous import find_rendezvous, pick_free_port
 
@@ -31,7 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     log_to_terminal(place.rank)
     is_everybodys = True  # all ranks find the same faults in the settings, and the first one tells
     try:
-        settings = read_run(arguments.settings)
+        plan = read_versions(arguments.settings)
+        settings = plan.main if plan else read_run(arguments.settings)
         if faults := settings.faults_on(place.world_size):
             raise Fault(faults)
         is_everybodys = False  # why a rank cannot meet the others, only it can tell
@@ -46,7 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
             port=place.master_port,
         ) as mesh:
             is_everybodys = True
-            outcome = train(settings, mesh, launchers.why_gone)
+            if plan:
+                outcome = train_versions(plan, mesh, launchers.why_gone)
+            else:
+                outcome = train(settings, mesh, launchers.why_gone)
     except TrainingError as error:
         if place.rank == 0:  # all ranks end with the same
             print(f"cpt train: {error}", file=sys.stderr)

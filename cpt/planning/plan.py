@@ -74,6 +74,7 @@ def _checkpoint_lines(run: Run, num_ranks: int) -> Iterator[str]:
     if kept.in_background:
         yield f"host        {_size(num_bytes / num_ranks)} a rank for the copy that is written in the background"
     num_for_ever = run.total_tokens // kept.keep_every_tokens if kept.keep_every_tokens else 0
+    num_for_ever += sum(tokens <= run.total_tokens for tokens in kept.keep_at_tokens)
     told = f"the last {kept.keep_last} are kept"
     if num_for_ever:
         told += f", and {num_for_ever} for ever"

@@ -54,7 +54,7 @@ class Saving:
             )  # fmt: skip
 
     def is_due(self, progress: Progress) -> bool:
-        """Whether the last step passed a multiple of `every_tokens` or `keep_every_tokens`."""
+        """Whether the last step passed a multiple of `every_tokens`, or one is kept for ever there."""
         return progress.crosses(self._settings.every_tokens) or self._is_for_ever(progress)
 
     def is_asked_by_clock(self) -> bool:
@@ -122,7 +122,7 @@ class Saving:
         return self._saver.begin(target, content, lambda: self.settle(place, ledger), in_background=in_background)
 
     def _is_for_ever(self, progress: Progress) -> bool:
-        return progress.crosses(self._settings.keep_every_tokens)
+        return self._settings.keeps_for_ever(progress)
 
     def _tell(self, ended: Ended | None) -> str | None:
         """Tell how a save has ended; the failure, if it has failed."""

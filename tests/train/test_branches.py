@@ -175,7 +175,7 @@ def told_once(told: str) -> str:
 def test_a_checkpoint_that_is_gone_is_told_with_those_that_are_there_and_what_keeps_them(path, tmp_path):
     line = told_once(refused(path, *words(tmp_path, at=7)))
     assert "there is no checkpoint at step 7; there are: 5, 8, 10, 15, 20; a run keeps its last few" in line
-    assert "for ever those of checkpoint.keep_every_tokens" in line
+    assert "(checkpoint.keep_last), for ever those of keep_every_tokens and keep_at_tokens" in line
     assert not (tmp_path / "branch").exists()
 
 

@@ -34,6 +34,17 @@ def test_checkpoints_at_or_past_each_multiple_are_saved_and_stay(config, tmp_pat
     assert marks[13]["kept_for_ever"] is True and "kept_for_ever" not in marks[27]
 
 
+def test_checkpoints_at_or_past_named_places_are_saved_and_stay(config, tmp_path):
+    runs.trained(config, f"checkpoint.keep_at_tokens=[{13 * STEP // 2},{9 * STEP}]", "stages.0.tokens=1200")
+    assert steps_in(tmp_path / "run") == [7, 9, 13]
+    assert find_checkpoint(tmp_path / "run" / "checkpoints", 9).state["kept_for_ever"] is True
+
+
+def test_a_place_before_the_first_token_is_refused(config):
+    ((status, told),) = runs.cpt("train", config, "checkpoint.keep_at_tokens=[0]")
+    assert (status, "checkpoint.keep_at_tokens: 0: at least 1" in told) == (2, True)
+
+
 def clock_of_steps() -> None:
     """Time on the first rank goes by a minute a step; on others by a year, backwards."""
     import cpt.run.saving as saving
