@@ -26,6 +26,7 @@ NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 # Of what cannot be put straight where it is written from.
 ELEMENTS_A_PIECE = 1 << 20
 _BLOCK_BYTES = 4 << 20
+_WHOLE_BLOCK_BYTES = 8 << 20
 # What is written past the page cache is written in multiples of this.
 _DISK_BLOCK = 4096
 
@@ -158,24 +159,61 @@ class Writer:
             self._writing.result()
 
     def _write_block(self, block: mmap.mmap, num_bytes: int, begin: int) -> None:
-        left = memoryview(block)[: -(-num_bytes // _DISK_BLOCK) * _DISK_BLOCK if self._is_direct else num_bytes]
-        try:
-            while left:
-                num_written = os.pwrite(self._file, left, begin)
-                begin, left = begin + num_written, left[num_written:]
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from None
+        end = _rounded(num_bytes) if self._is_direct else num_bytes
+        _write_at(self._path, self._file, memoryview(block)[:end], begin)
+
+
+def memory_for(num_bytes: int, is_pinned: bool = False) -> Tensor:
+    """Memory for a whole file, uint8, that the disk can take it from: it begins and ends where a disk's block may."""
+    raw = torch.empty(_rounded(num_bytes) + _DISK_BLOCK, dtype=torch.uint8, pin_memory=is_pinned)
+    return raw[-raw.data_ptr() % _DISK_BLOCK :][: _rounded(num_bytes)]
+
+
+def fill(memory: Tensor, layout: Layout, tensors: Mapping[str, Tensor]) -> None:
+    """Make the beginning of `memory` the file that holds `tensors`. From a GPU to pinned memory: wait for the GPU."""
+    header = layout.header.encode()
+    start = len(header).to_bytes(8, "little") + header
+    memory[: len(start)] = torch.frombuffer(bytearray(start), dtype=torch.uint8)
+    for key, tensor in tensors.items():
+        begin = layout.places[key][2]
+        place = memory[begin : begin + tensor.nbytes].view(tensor.dtype)
+        if tensor.device.type == "cpu":
+            reading(tensor)(0, place)
+        else:
+            place.copy_(tensor.reshape(-1), non_blocking=True)
+
+
+def write_whole(
+    path: Path, memory: Tensor, num_bytes: int, observe: Callable[[memoryview], object] = lambda block: None
+) -> None:
+    """Write the first `num_bytes` of `memory`, which `memory_for` gave, as a new file; on the disk at the end.
+
+    From one thread and without a copy: where others work on all cores, 1.6 times as fast as dd in its place, where
+    `Writer`, whose threads wait for one another, was 0.6 times.
+    """
+    file, is_direct = _open_to_write(path)
+    try:
+        raw = memoryview(memory.numpy())
+        for begin in range(0, num_bytes, _WHOLE_BLOCK_BYTES):
+            end = min(begin + _WHOLE_BLOCK_BYTES, num_bytes)
+            observe(raw[begin:end])
+            _write_at(path, file, raw[begin : _rounded(end) if is_direct else end], begin)
+        os.ftruncate(file, num_bytes)
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def reading(tensor: Tensor) -> Callable[[int, Tensor], None]:
-    """What `Writer.write` takes for a tensor in memory, or on a device."""
+    """What `Writer.write` takes for a tensor in memory, or on a device; one thread copies."""
     flat = tensor.detach().reshape(-1)
     if flat.device.type != "cpu":
         return lambda start, out: out.copy_(flat[start : start + len(out)])
     source = flat.view(torch.uint8).numpy()
 
     def read_into(start: int, out: Tensor) -> None:
-        # Not torch's copy_: it would take as many threads as there are cores, beside those that train.
+        # Not torch's copy_: it takes as many threads as there are cores, and where others work beside them it was
+        # found to wait for its own threads, 0.1 to 0.5 s for what one of them copies in 0.03 s.
         first = start * flat.itemsize
         np.copyto(out.view(torch.uint8).numpy(), source[first : first + out.nbytes])
 
@@ -185,6 +223,20 @@ def reading(tensor: Tensor) -> Callable[[int, Tensor], None]:
 def in_order(layout: Layout) -> list[str]:
     """The names of the tensors as they lie in the file."""
     return sorted(layout.places, key=lambda name: layout.places[name][2])
+
+
+def _rounded(num_bytes: int) -> int:
+    """Up to whole blocks of a disk."""
+    return -(-num_bytes // _DISK_BLOCK) * _DISK_BLOCK
+
+
+def _write_at(path: Path, file: int, left: memoryview, begin: int) -> None:
+    try:
+        while left:
+            num_written = os.pwrite(file, left, begin)
+            begin, left = begin + num_written, left[num_written:]
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _open_to_write(path: Path) -> tuple[int, bool]:

@@ -180,9 +180,8 @@ class _Loop:
                 number = self.stop.signal or signal.SIGTERM
                 return Outcome(self.folder.path, place.progress.step, number, number)
         if self.mesh.is_first:
-            self.saving.settle(
-                place, place.ledger_before_stage
-            )  # a run that was ended right after its last save has not
+            # A run that was ended right after its last save has not done so.
+            self.saving.settle(place, place.ledger_before_stage)
             self.folder.finish(place.progress.step, place.progress.tokens)
         _log.info("finished at step %d: %s", place.progress.step, self.folder.path)
         return Outcome(self.folder.path, place.progress.step, asked=self.stop.signal)

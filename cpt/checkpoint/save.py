@@ -25,6 +25,7 @@ import torch
 
 from cpt.checkpoint.write import Content, Part, aside_of, join_parts, make_anew
 from cpt.parallel.mesh import Mesh
+from cpt.tensor_writer import fill, memory_for
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class _Pending:
 class Saver:
     """Writes one checkpoint after another; every method but `close` is collective.
 
-    In the background the pieces are copied first, into memory that is kept and used again, because making it anew
+    What is written in the background is copied first, into memory that is kept and used again, because making it anew
     takes longer than filling it; on a GPU's host it is pinned. `close` when done: it waits for this rank's thread.
     """
 
@@ -81,12 +82,12 @@ class Saver:
         return self._pending is not None
 
     def begin(
-        self, folder: Path, content: Content, then: Callable[[], None] = lambda: None, *, in_background: bool
+        self, folder: Path, content: Content, then: Callable[[], None] = lambda: None, *, copies: bool
     ) -> Ended | None:
         """Let the checkpoint `folder` be written; None, or why that could not even begin.
 
         `then` is called by the first rank's thread when the folder is in place, before the save counts as ended.
-        If not `in_background`, nothing is copied, and the caller must `wait` before the values change.
+        If it `copies`, values may change at once; else the caller must `wait` first, and no memory is taken.
         """
         assert self._pending is None, "one save at a time"
         began, part, aside = time.perf_counter(), Part.of_rank(self._mesh.rank, content), aside_of(folder)
@@ -100,7 +101,7 @@ class Saver:
         if _FAILED in of_ranks:
             return Ended(folder, time.perf_counter() - began, self._message(of_ranks, made))
         try:
-            written = self._thread.submit((self._copied(part) if in_background else part).write, aside)
+            written = self._thread.submit(part.write, aside, self._image(part) if copies else None)
         except RuntimeError as error:  # no memory for the copy
             written = Future()
             written.set_exception(error)
@@ -140,23 +141,16 @@ class Saver:
         join_parts(aside_of(pending.folder), pending.folder, pending.state, self._mesh.size)
         pending.then()
 
-    def _copied(self, part: Part) -> Part:
-        """The same with its tensors as they are now, in host memory."""
-        tensors, begin, places = {}, 0, {}
-        for key, tensor in part.tensors.items():
-            places[key] = begin
-            begin += -(-tensor.nbytes // 8) * 8  # of several types each begins where it may
-        is_pinned = self._mesh.device.type == "cuda"
-        if len(self._memory) < begin:
+    def _image(self, part: Part) -> torch.Tensor:
+        """The part's file as its tensors are now, in host memory."""
+        is_pinned, num_bytes = self._mesh.device.type == "cuda", part.layout.num_bytes
+        if len(self._memory) < num_bytes:
             self._memory = torch.empty(0, dtype=torch.uint8)  # first, so that both are never there
-            self._memory = torch.empty(begin, dtype=torch.uint8, pin_memory=is_pinned)
-        for key, tensor in part.tensors.items():
-            memory = self._memory[places[key] : places[key] + tensor.nbytes]
-            tensors[key] = memory.view(tensor.dtype).view(tensor.shape)
-            tensors[key].copy_(tensor, non_blocking=is_pinned)
+            self._memory = memory_for(num_bytes, is_pinned)
+        fill(self._memory, part.layout, part.tensors)
         if is_pinned:
             torch.cuda.synchronize(self._mesh.device)
-        return Part(part.rank, tensors, part.entries)
+        return self._memory
 
     def _total(self, number: int) -> int:
         return int(self._mesh.sum(torch.tensor(number, dtype=torch.int64, device=self._mesh.device)))
@@ -186,7 +180,7 @@ def write_checkpoint(folder: Path, content: Content, mesh: Mesh) -> None:
     that name from before is replaced. Raises OSError on every rank if a disk does not take it; then nothing appeared.
     """
     with Saver(mesh) as saver:
-        ended = saver.begin(folder, content, in_background=False) or saver.wait()
+        ended = saver.begin(folder, content, copies=False) or saver.wait()
     if ended.failure:
         raise OSError(f"{folder} could not be written: {ended.failure}")
 

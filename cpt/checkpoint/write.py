@@ -29,7 +29,7 @@ import torch
 import xxhash
 
 from cpt.parallel.weights import Piece
-from cpt.tensor_writer import Layout, Writer, in_order, reading
+from cpt.tensor_writer import Layout, Writer, in_order, reading, write_whole
 
 # 1 had no columns, and is read as well.
 FORMAT_VERSION = 2
@@ -97,12 +97,18 @@ class Part:
         """Of its file."""
         return Layout.of_tensors({key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in self.tensors.items()})
 
-    def write(self, aside: Path) -> None:
-        """Write the file and this rank's part of the index into the folder `aside`, and onto the disk."""
-        digest = xxhash.xxh3_128()
-        with Writer(aside / _file(self.rank), self.layout, digest.update) as writer:
-            for key in in_order(self.layout):
-                writer.write(key, reading(self.tensors[key]))
+    def write(self, aside: Path, image: torch.Tensor | None = None) -> None:
+        """Write the file and this rank's part of the index into the folder `aside`, and onto the disk.
+
+        `image`: memory that `fill` made the file; else the tensors are read, and must not change meanwhile.
+        """
+        path, digest = aside / _file(self.rank), xxhash.xxh3_128()
+        if image is not None:
+            write_whole(path, image, self.layout.num_bytes, digest.update)
+        else:
+            with Writer(path, self.layout, digest.update) as writer:
+                for key in in_order(self.layout):
+                    writer.write(key, reading(self.tensors[key]))
         _write_part_of_index(aside, self.rank, self.entries, digest.hexdigest())
 
 

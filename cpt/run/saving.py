@@ -90,7 +90,7 @@ class Saving:
             return
         self.wait()
         began = time.perf_counter()
-        if not self._tell(self._begin(place, ledger, is_temporary, in_background=True)):
+        if not self._tell(self._begin(place, ledger, is_temporary, copies=True)):
             seconds = time.perf_counter() - began
             _log.info("copied step %d in %.2f s; writing it in the background", place.progress.step, seconds)
 
@@ -111,15 +111,15 @@ class Saving:
     def _save_now(self, place: Place, ledger: Ledger, is_temporary: bool = False) -> str | None:
         """Save while training waits; why it failed, if it did."""
         self.wait()
-        ended = self._begin(place, ledger, is_temporary, in_background=False) or self._saver.wait()
+        ended = self._begin(place, ledger, is_temporary, copies=False) or self._saver.wait()
         return self._tell(ended)
 
-    def _begin(self, place: Place, ledger: Ledger, is_temporary: bool, in_background: bool) -> Ended | None:
+    def _begin(self, place: Place, ledger: Ledger, is_temporary: bool, copies: bool) -> Ended | None:
         self._began = time.monotonic()
         mark = keep.TEMPORARY if is_temporary else keep.FOR_EVER if self._is_for_ever(place.progress) else None
         content = self._content(keep.marked(place.as_json(ledger), mark))
         target = self._folder.checkpoint_at(place.progress.step)
-        return self._saver.begin(target, content, lambda: self.settle(place, ledger), in_background=in_background)
+        return self._saver.begin(target, content, lambda: self.settle(place, ledger), copies=copies)
 
     def _is_for_ever(self, progress: Progress) -> bool:
         return self._settings.keeps_for_ever(progress)

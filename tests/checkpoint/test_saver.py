@@ -49,9 +49,9 @@ def held_back(patch, hold: threading.Event) -> None:
     """Let the thread wait before it writes."""
     really = write.Part.write
 
-    def late(part, aside):
+    def late(*arguments):
         assert hold.wait(20)
-        really(part, aside)
+        really(*arguments)
 
     patch.setattr(write.Part, "write", late)
 
@@ -63,7 +63,7 @@ def test_it_holds_what_was_there_when_it_was_begun_whatever_comes_after(tmp_path
         held_back(monkeypatch, hold)
         with Saver(mesh) as saver:
             first = content(mesh, 1)
-            assert saver.begin(tmp_path / "step-1", first, lambda: told.append("then"), in_background=True) is None
+            assert saver.begin(tmp_path / "step-1", first, lambda: told.append("then"), copies=True) is None
             first.pieces[0].values.fill_(-1.0)
             first.tensors["exp_avg"][0].fill_(-1.0)
             assert [saver.poll() for _ in range(5)] == [None] * 5 and saver.is_pending
@@ -73,7 +73,7 @@ def test_it_holds_what_was_there_when_it_was_begun_whatever_comes_after(tmp_path
             assert ended.failure is None and not saver.is_pending and saver.poll() is None and saver.wait() is None
             assert told == (["then"] if mesh.is_first else [])
             memory = saver._memory.data_ptr()
-            saver.begin(tmp_path / "step-2", content(mesh, 2), in_background=True)
+            saver.begin(tmp_path / "step-2", content(mesh, 2), copies=True)
             while saver.poll() is None:
                 pass
             assert saver._memory.data_ptr() == memory, "the memory is used again"
@@ -110,7 +110,7 @@ def refuse_copy(patch, tmp_path: Path) -> str:
     def fail(*_):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
-    patch.setattr(Saver, "_copied", fail)
+    patch.setattr(Saver, "_image", fail)
     return "can't allocate memory"
 
 
@@ -119,12 +119,12 @@ def refuse_copy(patch, tmp_path: Path) -> str:
 def test_a_rank_that_fails_is_told_to_all_and_the_one_before_stands(tmp_path, monkeypatch, harm, rank):
     def work(mesh):
         with Saver(mesh) as saver:
-            saver.begin(tmp_path / "step-1", content(mesh, 1), in_background=True)
+            saver.begin(tmp_path / "step-1", content(mesh, 1), copies=True)
             assert saver.wait().failure is None
             told = ""
             if mesh.rank == rank:
                 told = harm(monkeypatch, tmp_path)
-            assert saver.begin(tmp_path / "step-2", content(mesh, 2), in_background=True) is None
+            assert saver.begin(tmp_path / "step-2", content(mesh, 2), copies=True) is None
             failure = saver.wait().failure
             assert told.format(rank=rank) in failure and not saver.is_pending
             return failure
@@ -140,7 +140,7 @@ def test_a_folder_that_somebody_deletes_meanwhile_fails_the_save(tmp_path, monke
         hold = threading.Event()
         held_back(monkeypatch, hold)
         with Saver(mesh) as saver:
-            saver.begin(tmp_path / "step-1", content(mesh, 1), in_background=True)
+            saver.begin(tmp_path / "step-1", content(mesh, 1), copies=True)
             shutil.rmtree(tmp_path / ".step-1.aside")
             hold.set()
             return saver.wait().failure
@@ -156,9 +156,9 @@ def test_after_a_failure_the_next_save_is_written(tmp_path, monkeypatch):
             with monkeypatch.context() as patch:
                 if mesh.rank == 1:
                     fill_disk(patch, tmp_path)
-                saver.begin(tmp_path / "step-1", content(mesh, 1), in_background=True)
+                saver.begin(tmp_path / "step-1", content(mesh, 1), copies=True)
                 assert saver.wait().failure
-            saver.begin(tmp_path / "step-2", content(mesh, 2), in_background=True)
+            saver.begin(tmp_path / "step-2", content(mesh, 2), copies=True)
             assert saver.wait().failure is None
 
     on_ranks(2, work, seconds=40)
@@ -176,7 +176,7 @@ def test_a_part_that_is_gone_before_the_parts_are_joined_fails_the_save(tmp_path
 
         monkeypatch.setattr(save, "join_parts", join)
         with Saver(mesh) as saver:
-            saver.begin(tmp_path / "step-1", content(mesh, 1), in_background=True)
+            saver.begin(tmp_path / "step-1", content(mesh, 1), copies=True)
             return saver.wait().failure
 
     failures = on_ranks(2, work, seconds=40)
@@ -191,7 +191,7 @@ def test_without_room_for_all_ranks_nothing_is_written(tmp_path, monkeypatch, ra
     def work(mesh):
         monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": num_bytes})())
         with Saver(mesh) as saver:
-            ended = saver.begin(tmp_path / "here" / "step-1", content(mesh, 1), in_background=True)
+            ended = saver.begin(tmp_path / "here" / "step-1", content(mesh, 1), copies=True)
             assert not saver.is_pending
             return ended.failure
 
@@ -207,7 +207,7 @@ def test_a_file_in_place_of_the_folder_is_told_by_all_ranks(tmp_path):
 
     def work(mesh):
         with Saver(mesh) as saver:
-            return saver.begin(tmp_path / "checkpoints" / "step-1", content(mesh, 1), in_background=True).failure
+            return saver.begin(tmp_path / "checkpoints" / "step-1", content(mesh, 1), copies=True).failure
 
     failures = on_ranks(2, work, seconds=40)
     assert failures[0] == failures[1] and f"rank 0: {tmp_path}/checkpoints: " in failures[0]
@@ -216,10 +216,10 @@ def test_a_file_in_place_of_the_folder_is_told_by_all_ranks(tmp_path):
 def test_what_was_closed_before_it_ended_never_appears_and_the_next_save_clears_it_away(tmp_path):
     def work(mesh):
         with Saver(mesh) as saver:
-            saver.begin(tmp_path / "step-1", content(mesh, 1), in_background=True)
+            saver.begin(tmp_path / "step-1", content(mesh, 1), copies=True)
         left = sorted(path.name for path in tmp_path.iterdir())
         with Saver(mesh) as saver:
-            saver.begin(tmp_path / "step-2", content(mesh, 2), in_background=False)
+            saver.begin(tmp_path / "step-2", content(mesh, 2), copies=False)
             saver.wait()
         return left
 

@@ -16,7 +16,7 @@ from cpt.huggingface import readers
 from cpt.huggingface.architectures import Stored
 from cpt.huggingface.readers import Cast, Chained, FirstRows, InMemory, Joined, Part, difference_of, whole
 from cpt.huggingface.tensor_file import open_file
-from cpt.tensor_writer import Layout, Writer, in_order
+from cpt.tensor_writer import Layout, Writer, fill, in_order, memory_for, write_whole
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +53,18 @@ def test_a_new_file_has_the_bytes_that_the_library_would_write(tmp_path):
     written = (tmp_path / "ours").read_bytes()
     assert written == (tmp_path / "theirs").read_bytes() == b"".join(seen)
     assert layout.num_bytes == len(written)
+
+
+@pytest.mark.parametrize("block", [4096, 8192, 1 << 20])
+def test_a_file_made_in_memory_is_the_same_and_is_written_to_the_byte(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(tensor_writer, "_WHOLE_BLOCK_BYTES", block)
+    tensors = some_tensors()
+    layout = Layout.of_tensors({name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()})
+    memory, seen = memory_for(layout.num_bytes + 10_000).fill_(7), []  # more than is needed, with something in it
+    fill(memory, layout, tensors)
+    write_whole(tmp_path / "ours", memory, layout.num_bytes, lambda block: seen.append(bytes(block)))
+    write(tmp_path / "in pieces", layout, tensors)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "in pieces").read_bytes() == b"".join(seen)
 
 
 @pytest.mark.parametrize("past_the_cache", [True, False])
@@ -110,8 +122,12 @@ def test_a_disk_that_fills_is_told_by_the_writer(tmp_path, monkeypatch):
     tensors = some_tensors()
     layout = Layout.of_tensors({name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()})
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as told:
         write(tmp_path / "file", layout, tensors)
+    assert told.value.filename == str(tmp_path / "file")
+    with pytest.raises(OSError, match="No space left") as told:
+        write_whole(tmp_path / "file", memory_for(layout.num_bytes), layout.num_bytes)
+    assert told.value.filename == str(tmp_path / "file")
 
 
 @pytest.mark.parametrize("shape", [(24, 5), (24,)])

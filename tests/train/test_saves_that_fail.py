@@ -37,11 +37,11 @@ def failing(*steps: int, rank: int = 0, times: int = 9) -> Callable[[], None]:
             return
         really, left = write.Part.write, [times]
 
-        def write_or_not(part, aside):
+        def write_or_not(part, aside, image=None):
             if left[0] and int(aside.name.removesuffix(".aside").removeprefix(".step-")) in steps:
                 left[0] -= 1
                 raise OSError(errno.ENOSPC, "No space left on device", f"{aside}/pieces-{rank:05d}.safetensors")
-            really(part, aside)
+            really(part, aside, image)
 
         write.Part.write = write_or_not
 
@@ -162,9 +162,9 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_it_holds_what_was_there_w
 
         hold, really, tell = threading.Event(), write.Part.write, Journal.step
 
-        def write_late(part, aside):
+        def write_late(*arguments):
             assert hold.wait(30)
-            really(part, aside)
+            really(*arguments)
 
         def tell_and_release(journal, record, num_tokens):
             tell(journal, record, num_tokens)
@@ -194,9 +194,9 @@ def test_a_loss_that_is_not_finite_names_the_checkpoint_that_was_still_being_wri
 
         really, step = write.Part.write, Engine.step
 
-        def write_slowly(part, aside):
+        def write_slowly(*arguments):
             time.sleep(0.5)
-            really(part, aside)
+            really(*arguments)
 
         def spoiled(engine, tokens, sources, num_sources, rate, progress, *others):
             if progress.step == 6:
