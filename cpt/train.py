@@ -320,6 +320,7 @@ class _Loop:
         """Score all held-out sources; the answers are the same on all ranks, the first one writes them."""
         records = []
         for name, held_out in self.held_out.items():
+            started = time.perf_counter()
             score = held_out.score(self.engine.token_losses, self.mesh, self.run.evaluation.micro_batch)
             records.append(
                 {
@@ -333,6 +334,7 @@ class _Loop:
                     "evaluated_tokens": score.num_tokens,
                     "interval": score.interval,
                     "interval_over": score.interval_over,
+                    "evaluation_seconds": round(time.perf_counter() - started, 6),
                 }
             )
         if records and progress.step not in self.journal.scored_steps:

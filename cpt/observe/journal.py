@@ -62,7 +62,8 @@ class Journal:
         for record in records:
             self._files["scores"].write(record)
         told = "  ".join(f"{r['source']} {r['loss']:.4f}{_more_or_less(r)}" for r in records)
-        _log.info("held out at step %d: %s", records[0]["step"], told)
+        seconds = sum(record.get("evaluation_seconds", 0.0) for record in records)
+        _log.info("held out at step %d: %s (in %.1f s)", records[0]["step"], told, seconds)
 
     def close(self) -> None:
         """End the bar and close the files."""

@@ -11,7 +11,11 @@ from cpt.observe.records import read_records
 
 STEP = {"step": 3, "tokens": 300, "stage": "prose", "loss": 2.5, "loss_by_source": {"prose": 2.25, "replay/code": 3.0},
         "learning_rate": 3e-4, "grad_norm": 1.5, "tokens_per_second": 50.0, "mfu": 0.315}  # fmt: skip
-SCORES = [{"step": 3, "source": "prose", "loss": 2.0}, {"step": 3, "source": "code", "loss": 4.0}]
+SCORES = [
+    {"step": 3, "source": "prose", "loss": 2.0, "interval": 0.0123, "evaluation_seconds": 1.5},
+    {"step": 3, "source": "code", "loss": 4.0, "interval": None, "evaluation_seconds": 0.75},
+]
+TOLD = "held out at step 3: prose 2.0000 ±0.0123  code 4.0000 (in 2.2 s)"
 
 
 def journal_in(folder, is_first=True, keep_until_step=0, every_steps=1) -> Journal:
@@ -47,7 +51,7 @@ def test_an_evaluation_is_one_line_and_a_record_a_source(tmp_path, caplog):
     journal = journal_in(tmp_path)
     with caplog.at_level(logging.INFO, "cpt"):
         journal.scores(SCORES)
-    assert caplog.messages == ["held out at step 3: prose 2.0000  code 4.0000"]
+    assert caplog.messages == [TOLD]
     assert list(read_records(tmp_path / "scores.jsonl")) == SCORES
     assert journal.scored_steps == set()
 
@@ -113,7 +117,7 @@ def test_a_line_beside_a_progress_bar_stands_on_a_line_of_its_own(tmp_path, monk
     journal.close()
     shown = terminal.getvalue()
     assert "step=3" not in shown  # the bar tells it
-    before, _, after = shown.partition("held out at step 3: prose 2.0000  code 4.0000\n")
+    before, _, after = shown.partition(f"{TOLD}\n")
     clock = " I "
     assert before.removesuffix(clock)[:-8].endswith("\r")
     assert after.startswith("\r")

@@ -18,7 +18,7 @@ from cpt.run import Run, read_run
 STEP_FIELDS = ["step", "tokens", "stage", "loss", "loss_by_source", "learning_rate", "s1", "s2", "grad_norm",
                "step_seconds", "tokens_per_second", "mfu", "skipped"]  # fmt: skip
 SCORE_FIELDS = ["step", "tokens", "stage", "stage_end", "source", "loss", "bits_per_byte", "evaluated_tokens",
-                "interval", "interval_over"]  # fmt: skip
+                "interval", "interval_over", "evaluation_seconds"]  # fmt: skip
 
 
 def test_a_run_folder_holds_what_the_design_says_and_nothing_else(base, child):

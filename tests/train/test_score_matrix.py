@@ -90,3 +90,23 @@ def test_a_limit_exceeded_by_the_last_evaluation_leaves_a_run_that_is_not_finish
     assert not (tmp_path / "run" / "finished.json").exists()
     runs.trained(config, "stop_if.forgetting=[]")
     assert (tmp_path / "run" / "finished.json").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_scores_after_every_step_is_to_the_bit_the_one_that_scores_nothing_and_its_cost_is_told(
+    data, tmp_path, ranks
+):
+    replay = {"share": 0.25, "scope": "all_seen"}
+    stages = [runs.stage(data, "prose", 3), runs.stage(data, "code", 4, replay=replay)]
+    plain = runs.settings(data, tmp_path / "scored", stages, methods=[{"name": "reptile", "every": 2}])
+    plain["evaluation"] = {**plain["evaluation"], "every_tokens": runs.TOKENS_A_STEP, "windows": 5}
+    told = runs.trained(runs.write_settings(tmp_path / "scored.yaml", plain), ranks=ranks)
+    plain = {**plain, "output": str(tmp_path / "unscored"), "evaluation": {}}
+    runs.trained(runs.write_settings(tmp_path / "unscored.yaml", plain), ranks=ranks)
+
+    scores = runs.lines(tmp_path / "scored" / "scores.jsonl")
+    assert len(scores) == 2 * 8 and all(score["evaluation_seconds"] > 0 for score in scores)
+    assert told.count(" s)") >= 8 and "held out at step 7: prose " in told
+    assert not (tmp_path / "unscored" / "scores.jsonl").read_text()
+    (tmp_path / "unscored" / "scores.jsonl").write_text((tmp_path / "scored" / "scores.jsonl").read_text())
+    runs.assert_same_story(runs.story(tmp_path / "scored"), runs.story(tmp_path / "unscored"))

@@ -260,17 +260,20 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-TIMES = ("step_seconds", "tokens_per_second", "mfu")
+TIMES = ("step_seconds", "tokens_per_second", "mfu", "evaluation_seconds")
 
 
 def story(run: Path) -> dict[str, Any]:
     """Everything that two runs with equal results have equal: records without times, ledger, the last checkpoint."""
     checkpoint = RunFolder(run).latest()
     assert isinstance(checkpoint, Checkpoint)
-    metrics = [{k: v for k, v in record.items() if k not in TIMES} for record in lines(run / "metrics.jsonl")]
+    metrics, scores = (
+        [{k: v for k, v in record.items() if k not in TIMES} for record in lines(run / f"{name}.jsonl")]
+        for name in ("metrics", "scores")
+    )
     return {
         "metrics": metrics,
-        "scores": lines(run / "scores.jsonl"),
+        "scores": scores,
         "order": lines(run / "order.jsonl"),
         "ledger": json.loads((run / "ledger.json").read_text()),
         "state": checkpoint.state,
