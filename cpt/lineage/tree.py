@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cpt.config import Fault
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,13 @@ class Member:
     run: Path
     parent: Parent | None
     weights: str | None = None
+
+
+class Kin(NamedTuple):
+    """One run of the tree with its children, in the order in which they left it."""
+
+    member: Member
+    children: list[Kin]
 
 
 def write_lineage(run: Path, parent: Parent | None, weights: Path | None = None) -> None:
@@ -78,3 +89,54 @@ def ancestry(run: Path) -> list[Member]:
         seen.add(above.run)
         members.append(read_lineage(above.run))
     return members
+
+
+def families(runs: Sequence[Path]) -> list[Kin]:
+    """The trees that these runs stand in, from the eldest ancestors that are there down to all children that are found.
+
+    Children are looked for beside every run that is known, those found included; what lies there and is no run, or a
+    damaged one, is passed by. Raises Fault if one of `runs` is no run.
+    """
+    members = {member.run.resolve(): member for run in runs for member in reversed(ancestry(run))}
+    members.update({run.resolve(): read_lineage(run) for run in runs})  # under the names that they were given
+    looked_through: set[Path] = set()
+    while beside := {run.parent for run in members} - looked_through:
+        looked_through |= beside
+        strangers = {member.run.resolve(): member for folder in sorted(beside) for member in _runs_in(folder)}
+        while found := {
+            run: member
+            for run, member in strangers.items()
+            if run not in members and member.parent and member.parent.run in members
+        }:
+            members.update(found)
+    children = {run: [] for run in members}
+    eldest = []
+    for run, member in members.items():
+        above = member.parent and member.parent.run
+        is_below = above in members and run not in _line_above(above, members)
+        (children[above] if is_below else eldest).append(run)
+    return [_kin(run, members, children) for run in eldest]
+
+
+def _runs_in(folder: Path) -> list[Member]:
+    """The runs that lie in a folder and can be read."""
+    found = []
+    for path in sorted(folder.glob("*/lineage.json")):
+        try:
+            found.append(read_lineage(path.parent))
+        except Fault as fault:
+            _log.warning("%s; passed by", fault)
+    return found
+
+
+def _line_above(run: Path, members: dict[Path, Member]) -> list[Path]:
+    """The run and its ancestors, as far as they are known; ends where one would come again."""
+    line = [run]
+    while (above := members[line[-1]].parent) and above.run in members and above.run not in line:
+        line.append(above.run)
+    return line
+
+
+def _kin(run: Path, members: dict[Path, Member], children: dict[Path, list[Path]]) -> Kin:
+    below = sorted(children[run], key=lambda child: (members[child].parent.step, child))
+    return Kin(members[run], [_kin(child, members, children) for child in below])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,18 +25,83 @@ def make_run(path: Path, parent: Path | None = None) -> Path:
     return path
 
 
-def test_the_line_of_ancestors_and_what_was_consumed_are_printed(tmp_path, capsys):
+def test_the_tree_and_what_was_consumed_are_printed(tmp_path, capsys):
     base = make_run(tmp_path / "base")
     child = make_run(tmp_path / "child", base)
+    make_run(tmp_path / "grandchild", child)
+    make_run(tmp_path / "second", base)
+    make_run(tmp_path / "stranger")
     assert main(["lineage", str(child)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{child}  (began at step 244 of base)"
-    assert lines[1] == f"   └─ {base}  (began from nothing)"
-    assert [line.split() for line in lines[3:]] == [
-        ["consumed", "windows", "tokens", "epochs", "corpus"],
+    assert lines[:8] == [
+        f"{base}  (began from nothing)",
+        "│    nothing saved",
+        f"├─ {child}  (began at step 244 of base)  <-",
+        "│  │    nothing saved",
+        f"│  └─ {tmp_path}/grandchild  (began at step 244 of child)",
+        "│          nothing saved",
+        f"└─ {tmp_path}/second  (began at step 244 of base)",
+        "        nothing saved",
+    ]
+    assert lines[8:10] == ["", f"consumed by the lineage of {child}"]
+    assert [line.split() for line in lines[10:]] == [
+        ["source", "windows", "tokens", "epochs", "corpus"],
         ["prose", "1,500", "192,000", "1.50", "data/prose"],
         ["code", "1,000", "128,000", "0.25", "data/code"],
     ]
+
+
+def test_a_run_that_is_given_twice_is_shown_once(tmp_path, capsys):
+    base = make_run(tmp_path / "base")
+    (tmp_path / "again").symlink_to(base)
+    assert main(["lineage", str(base), str(base), str(tmp_path / "again")]) == 0
+    out = capsys.readouterr().out
+    assert out.count("began from nothing") == out.count("consumed by the lineage") == 1
+
+
+def test_two_runs_of_one_family_are_in_one_tree(tmp_path, capsys):
+    base = make_run(tmp_path / "base")
+    one, other = make_run(tmp_path / "one", base), make_run(tmp_path / "other", base)
+    assert main(["lineage", str(one), str(other)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith("<-") for line in lines[:6]] == [False, False, True, False, True, False]
+
+
+def test_a_parent_that_is_gone_is_told(tmp_path, capsys):
+    base = make_run(tmp_path / "base")
+    child = make_run(tmp_path / "child", base)
+    shutil.rmtree(base)
+    assert main(["lineage", str(child)]) == 0
+    assert f"{child}  (began at step 244 of base, which is not there)  <-" in capsys.readouterr().out
+
+
+def test_damaged_neighbours_are_passed_by(tmp_path, capsys):
+    base = make_run(tmp_path / "base")
+    (make_run(tmp_path / "torn", base) / "lineage.json").write_text("{")
+    damaged = make_run(tmp_path / "damaged", base) / "checkpoints" / "step-00000003"
+    damaged.mkdir(parents=True)
+    assert main(["lineage", str(base)]) == 0
+    out = capsys.readouterr().out
+    assert "torn" not in out
+    assert "its checkpoints cannot be read; cpt checkpoint verify tells why" in out
+
+
+def test_steps_tokens_rate_and_what_was_consumed_are_told_of_each_run(base, child, capsys):
+    """`child` has its own folder, so it is found as itself alone, with its ancestor; 12 steps of new, 4 of replay."""
+    assert main(["lineage", str(child)]) == 0
+    told = [line.strip(" │├└─") for line in capsys.readouterr().out.splitlines()]
+    assert told[0] == f"{base}  (began from nothing)"
+    assert told[1] == "20 steps, 1,920 tokens, last rate 5.28e-04; consumed 1,920 of prose"
+    assert told[3] == "16 steps, 1,536 tokens, last rate 5.77e-04; consumed 1,920 of prose, 1,152 of code"
+
+
+def test_branches_are_told_from_other_children(base, tmp_path, capsys):
+    output = tmp_path / "branch"
+    assert main(["branch", str(base), "--at", "20", "--tokens", "99", "--output", str(output)]) == 0
+    (output / "ledger.json").write_text((base / "ledger.json").read_text())
+    capsys.readouterr()
+    assert main(["lineage", str(output)]) == 0
+    assert f"{output}  (a branch, left at step 20 of base)  <-" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_no_run_has_no_lineage(tmp_path, capsys):
@@ -46,7 +112,9 @@ def test_a_folder_that_is_no_run_has_no_lineage(tmp_path, capsys):
 def test_a_run_that_has_saved_nothing_has_no_ledger(tmp_path, capsys):
     (make_run(tmp_path / "run") / "ledger.json").unlink()
     assert main(["lineage", str(tmp_path / "run")]) == 2
-    assert "ledger.json: the run has saved nothing yet, so its ledger is empty" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "ledger.json: the run has saved nothing yet, so its ledger is empty" in told.err
+    assert told.out.startswith(f"{tmp_path}/run  (began from nothing)")  # it stands in the tree all the same
 
 
 @pytest.mark.parametrize(

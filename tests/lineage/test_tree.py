@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cpt.config import Fault
-from cpt.lineage.tree import Member, Parent, ancestry, read_lineage, write_lineage
+from cpt.lineage.tree import Kin, Member, Parent, ancestry, families, read_lineage, write_lineage
 
 
 def make_run(path: Path, parent: Path | None = None, step: int = 7) -> Path:
@@ -108,3 +108,32 @@ def test_a_damaged_lineage_is_a_fault(tmp_path, text):
 
 def test_writing_leaves_nothing_beside_the_file(tmp_path):
     assert [path.name for path in make_run(tmp_path / "run").iterdir()] == ["lineage.json"]
+
+
+def drawn(kin: Kin) -> tuple[str, list]:
+    return kin.member.run.name, [drawn(child) for child in kin.children]
+
+
+def test_children_are_found_beside_every_run_that_is_known(tmp_path):
+    """`far` lies elsewhere and is asked for; its sister is found beside it, and the sister's child beside that."""
+    base = make_run(tmp_path / "runs/base")
+    late, early = make_run(tmp_path / "runs/late", base, step=9), make_run(tmp_path / "runs/early", base, step=3)
+    far = make_run(tmp_path / "elsewhere/far", early, step=1)
+    make_run(tmp_path / "elsewhere/late sister", late, step=1)
+    make_run(tmp_path / "runs/stranger")
+    expected = ("base", [("early", [("far", [])]), ("late", [("late sister", [])])])
+    assert [drawn(kin) for kin in families([far])] == [expected]
+    assert [drawn(kin) for kin in families([far, far, base])] == [expected]
+
+
+def test_runs_of_different_families_are_in_trees_of_their_own(tmp_path):
+    one, other = make_run(tmp_path / "a/one"), make_run(tmp_path / "b/other")
+    assert [drawn(kin) for kin in families([one, other])] == [("one", []), ("other", [])]
+
+
+def test_runs_that_would_be_one_anothers_ancestors_are_all_drawn_once(tmp_path):
+    one = make_run(tmp_path / "one")
+    other = make_run(tmp_path / "other", one)
+    write_lineage(one, Parent(other, 7, 7000, 3e-4))
+    names_of_all = sorted(name for name, _ in map(drawn, families([one])))
+    assert names_of_all == ["one", "other"]
