@@ -110,6 +110,7 @@ def train(run: Run, mesh: Mesh, why_orphaned: Callable[[], str | None] = lambda:
         is_resumed = parent is None or place.progress.step > 0
         keeps_moments = is_resumed or run.optimizer_state == "keep"
         engine.load(checkpoint, with_optimizer=keeps_moments, with_methods=is_resumed)
+        checkpoint.close()
     elif run.weights:
         engine.fill(weights_of_folder(run))
     else:

@@ -32,20 +32,30 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_checksums(folder: Path) -> dict[str, str]:
     """Checksum of each of the other files. Raises Fault if one byte is not as it was written, even a line's end."""
     path = folder / CHECKSUMS
-    sums = read_json(path)
+    sums = read_json(path)  # which has told what cannot be read
     if path.read_text(encoding="utf-8") != json.dumps(sums, indent=1) or not {INDEX, STATE} <= set(sums):
         raise Fault(f"{path} has changed since it was written: the checkpoint is damaged")
     return sums
 
 
 def damaged_files(
-    folder: Path, sums: Mapping[str, str], advance: Callable[[int], object] = lambda num_bytes: None
+    folder: Path,
+    sums: Mapping[str, str],
+    advance: Callable[[int], object] = lambda num_bytes: None,
+    share: slice = slice(None),
 ) -> Iterator[str]:
-    """A line for each file that is missing or has another checksum; `advance(bytes)` is told what was read."""
+    """A line for each file that is missing, cannot be read or has another checksum; `advance(bytes)` is told what was
+    read. `share`: of the files in the order of their names, those to read through.
+    """
     yield from missing_files(folder, sums)
-    for name, expected in sums.items():
+    for name in sorted(sums)[share]:
         path = folder / name
-        if path.is_file() and checksum(path, advance) != expected:
+        try:
+            is_same = not path.is_file() or checksum(path, advance) == sums[name]
+        except OSError as error:
+            yield f"{path} cannot be read: {error.strerror or error}: the checkpoint is damaged"
+            continue
+        if not is_same:
             yield f"{path} has changed since it was written, or {folder / CHECKSUMS} has: the checkpoint is damaged"
 
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from cpt.checkpoint.damage import STATE, damaged_files, missing_files, read_checksums, read_index, read_json
 from cpt.checkpoint.write import checkpoint_folders, step_folder
 from cpt.config import Fault
+from cpt.parallel.mesh import ALONE, Mesh
 
 _log = logging.getLogger(__name__)
 
@@ -23,13 +24,14 @@ _NUM_MISFITS_TOLD = 8
 class Checkpoint:
     """One checkpoint, opened and found whole: every file is there and has its checksum.
 
+    `share`: of the files, by name, those whose checksum is looked at here, because other ranks look at the others.
     Raises Fault naming the first file that is missing or damaged.
     """
 
-    def __init__(self, folder: Path, check: bool = True) -> None:
+    def __init__(self, folder: Path, check: bool = True, share: slice = slice(None)) -> None:
         self.folder = folder
         sums = read_checksums(folder)
-        for line in damaged_files(folder, sums) if check else missing_files(folder, sums):
+        for line in damaged_files(folder, sums, share=share) if check else missing_files(folder, sums):
             raise Fault(line)
         self._tensors = read_index(folder, sums)
         self.state: dict[str, Any] = read_json(folder / STATE)
@@ -123,6 +125,10 @@ class Checkpoint:
             raise Fault(f"{self.folder}: {kind} of {name} lacks the elements from {stop} on")
         return [(first, last, self.folder / file, key) for first, last, file, key in tensor["pieces"]]
 
+    def close(self) -> None:
+        """Let go of the files, so that the disk gets their room back when they are removed; reading opens them anew."""
+        self._open.clear()
+
     def weights(self) -> dict[str, torch.Tensor]:
         """The fp32 masters by name, each in its own shape, all in memory."""
         return {name: self.read("master", name).reshape(shape) for name, shape in self.shapes.items()}
@@ -136,26 +142,40 @@ class Checkpoint:
         return self._open[name]
 
 
-def find_checkpoint(checkpoints: Path, at: str | int = "latest", check: bool = True) -> Checkpoint | None:
-    """The checkpoint that `at` names: a step, or the newest one that is whole.
+def find_checkpoint(
+    checkpoints: Path, at: str | int = "latest", check: bool = True, mesh: Mesh = ALONE
+) -> Checkpoint | None:
+    """The checkpoint that `at` names: a step, or the newest one that is whole; the same on all ranks; all call it.
 
-    A damaged one is told loudly and the one before it is taken. None if the folder holds none at all. Raises Fault if
-    that step is not there or is damaged, or if every checkpoint is.
+    The first rank says which there are; each rank looks through some of the files. A damaged one is told loudly and the
+    one before it is taken. None if the folder holds none at all. Raises Fault on all ranks if that step is not there or
+    is damaged, or if every checkpoint is.
     """
-    folders = checkpoint_folders(checkpoints)
-    if at != "latest":
-        folder = step_folder(checkpoints, int(at))
-        if folder not in folders:
-            there = ", ".join(str(int(f.name.removeprefix("step-"))) for f in folders) or "none"
-            raise Fault(f"{checkpoints}: there is no checkpoint at step {at}; there are: {there}")
-        return Checkpoint(folder, check)
-    damage = []
-    for folder in reversed(folders):
-        try:
-            return Checkpoint(folder, check)
-        except Fault as fault:
-            damage.extend(fault.lines)
-            _log.warning("%s; trying the one before", fault)
-    if damage:
-        raise Fault([f"{checkpoints}: no checkpoint is whole", *damage])
-    return None
+    there = mesh.from_first([int(folder.name.removeprefix("step-")) for folder in checkpoint_folders(checkpoints)])
+    if at != "latest" and int(at) not in there:
+        told = ", ".join(map(str, there)) or "none"
+        raise Fault(f"{checkpoints}: there is no checkpoint at step {at}; there are: {told}")
+    damage: list[str] = []
+    for step in reversed(there if at == "latest" else [int(at)]):
+        checkpoint, lines = _opened(step_folder(checkpoints, step), check, mesh)
+        if not lines:
+            return checkpoint
+        damage += lines
+        if at == "latest":
+            _log.warning("%s; trying the one before", "; ".join(lines))
+    if not damage:
+        return None
+    raise Fault([f"{checkpoints}: no checkpoint is whole", *damage] if at == "latest" else damage)
+
+
+def _opened(folder: Path, check: bool, mesh: Mesh) -> tuple[Checkpoint | None, list[str]]:
+    """A checkpoint, or what some rank finds wrong with it: the same on all."""
+    checkpoint, fault = None, ""
+    try:
+        checkpoint = Checkpoint(folder, check, slice(mesh.rank, None, mesh.size))
+    except Fault as error:
+        fault = "\n".join(error.lines)
+    except OSError as error:
+        fault = f"{error.filename or folder} cannot be read: {error.strerror or error}"
+    said = dict.fromkeys(line for text in mesh.texts(fault) for line in text.splitlines())
+    return checkpoint, list(said)

@@ -15,9 +15,9 @@ from typing import Any
 
 from cpt.checkpoint.keep import superseded
 from cpt.checkpoint.read import Checkpoint, find_checkpoint
-from cpt.checkpoint.write import set_latest, step_folder
+from cpt.checkpoint.write import checkpoint_folders, set_latest, step_folder
 from cpt.config import Fault
-from cpt.parallel.mesh import Mesh
+from cpt.parallel.mesh import ALONE, Mesh
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._seen: tuple[bool, bool, list[str]] | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -62,9 +63,21 @@ class RunFolder:
                 "name another output, or empty it"
             )
 
-    def latest(self) -> Checkpoint | None:
-        """The newest whole checkpoint; None if none was saved."""
-        return find_checkpoint(self.checkpoints) if self.checkpoints.is_dir() else None
+    def latest(self, mesh: Mesh = ALONE) -> Checkpoint | None:
+        """The newest whole checkpoint, the same on all ranks of `mesh`, which all call it; None if none was saved."""
+        return find_checkpoint(self.checkpoints, mesh=mesh)
+
+    def look(self, mesh: Mesh) -> tuple[bool, bool]:
+        """Whether a run was begun here, and whether it is finished, as the first rank sees it; all ranks call it.
+
+        `taken` then refuses a folder that another process has gone on with meanwhile.
+        """
+        self._seen = self._state()
+        is_run, is_finished = mesh.from_first([self.is_run, self.is_finished])
+        return bool(is_run), bool(is_finished)
+
+    def _state(self) -> tuple[bool, bool, list[str]]:
+        return self.is_run, self.is_finished, [folder.name for folder in checkpoint_folders(self.checkpoints)]
 
     def make(self) -> None:
         """Make the folder; Fault if that cannot be done."""
@@ -86,6 +99,8 @@ class RunFolder:
                 lock = os.open(self.path, os.O_RDONLY)
             if mesh.any(lock is not None and _is_taken(lock)):
                 raise Fault(f"output = {self.path}: another process is training there; wait for it, or stop it first")
+            if mesh.any(mesh.is_first and self._seen not in (None, self._state())):
+                raise Fault(f"output = {self.path}: another process has gone on with it meanwhile; start again")
             yield
         finally:
             if lock is not None:

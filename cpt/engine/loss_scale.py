@@ -165,9 +165,9 @@ class Scaled:
             for group in optimizer.averaged_gradients:
                 optimizer.averaged_gradients[group] = None
 
-    def score(self, tokens: Tensor, starts: Tensor | None) -> Tensor:
+    def token_losses(self, tokens: Tensor, starts: Tensor | None) -> Tensor:
         """As `run` does: without a backward pass nothing is scaled."""
-        return self._run.score(tokens, starts)
+        return self._run.token_losses(tokens, starts)
 
     def differing_copies(self) -> list[str]:
         """As `run` does."""

@@ -195,9 +195,32 @@ class Mesh:
         if self.size > 1:
             dist.barrier()
 
+    def texts(self, here: str) -> list[str]:
+        """What each rank has to say, by rank; every rank must call it."""
+        if self.size == 1:
+            return [here]
+        said = torch.tensor(list(here.encode()), dtype=torch.int32, device=self.device)
+        lengths = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        lengths[self.rank] = len(said)
+        longest = int(self.sum(lengths).max())
+        of_ranks = torch.zeros(self.size, longest, dtype=torch.int32, device=self.device)
+        of_ranks[self.rank, : len(said)] = said
+        of_ranks = self.sum(of_ranks).cpu()
+        return [bytes(row[:length].tolist()).decode() for row, length in zip(of_ranks, lengths.tolist(), strict=True)]
+
+    def from_first(self, here: list[int]) -> list[int]:
+        """The first rank's whole numbers, on all; every rank must call it."""
+        if self.size == 1:
+            return here
+        return [int(word) for word in self.texts(" ".join(map(str, here)))[0].split()]
+
     def any(self, here: bool) -> bool:
         """Whether `here` is true on some rank; the answer is the same on all."""
         return bool(self.sum(torch.tensor(int(here), device=self.device)).item() > 0)
+
+
+# One process by itself, for what is written for many.
+ALONE = Mesh(0, 1, 0, torch.device("cpu"))
 
 
 def divisors(number: int) -> list[int]:

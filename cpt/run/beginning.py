@@ -22,7 +22,7 @@ from cpt.huggingface.start import loss_of_folder, oddities
 from cpt.lineage import tree
 from cpt.models.growth import GrownWeights
 from cpt.observe.records import read_records
-from cpt.parallel.mesh import Mesh
+from cpt.parallel.mesh import ALONE, Mesh
 from cpt.run.reading import differences, in_full
 from cpt.run.settings import Run
 
@@ -38,7 +38,8 @@ def where_to_begin(
 ) -> tuple[Place | None, Checkpoint | None, tree.Parent | None]:
     """Place, checkpoint to load (None: initial weights) and parent; the place is None if the run is finished."""
     folder.refuse_other_contents()
-    if folder.is_run:
+    is_run, is_finished = folder.look(mesh)
+    if is_run:
         began = in_full(read_mapping([str(folder.path / "run.yaml")]))
         differing = differences(began, as_mapping(run))
         if differing:
@@ -49,10 +50,10 @@ def where_to_begin(
             _log.warning(
                 "batch.windows is %s from here on, it was %s: the order within the stage stays the same", new, old
             )
-        if folder.is_finished:
+        if is_finished:
             _log.info("%s is finished; nothing to do", folder.path)
             return None, None, None
-        checkpoint = folder.latest()
+        checkpoint = folder.latest(mesh)
         if checkpoint:
             place = Place.from_json(checkpoint.state)
             _log.info(
@@ -62,7 +63,7 @@ def where_to_begin(
         _log.info("%s was begun but never saved; beginning again", folder.path)
     if run.parent is None:
         return Place(), None, None
-    checkpoint = checkpoint_of_parent(run)
+    checkpoint = checkpoint_of_parent(run, mesh)
     place = place_of_child(run, checkpoint.state)
     from_there = checkpoint.state["progress"]
     _log.info("a child of %s at step %d", run.parent.run, from_there["step"])
@@ -104,15 +105,18 @@ def _order_of_replay(stage: dict[str, Any]) -> dict[str, Any]:
     return {**(stage.get("replay") or {}), "accounting": None}
 
 
-def checkpoint_of_parent(run: Run) -> Checkpoint:
-    """The checkpoint that a child begins from. Raises Fault if there is none, or the parent is not finished."""
+def checkpoint_of_parent(run: Run, mesh: Mesh = ALONE) -> Checkpoint:
+    """The checkpoint that a child begins from, the same on all ranks of `mesh`, which all call it.
+
+    Raises Fault if there is none, or the parent is not finished.
+    """
     above = RunFolder(run.parent.run)
     if run.parent.at == "latest" and not above.is_finished:
         raise Fault(
             f"parent.run = {above.path} is not finished; start it again to let it finish, "
             "or name a step: parent.at=STEP"
         )
-    checkpoint = find_checkpoint(above.checkpoints, run.parent.at)
+    checkpoint = find_checkpoint(above.checkpoints, run.parent.at, mesh=mesh)
     if checkpoint is None:
         raise Fault(f"parent.run = {above.path} has no checkpoint")
     return checkpoint

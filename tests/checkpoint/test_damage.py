@@ -16,10 +16,9 @@ from cpt.checkpoint import Checkpoint, Content, RunFolder, find_checkpoint, step
 from cpt.checkpoint.damage import damage_of
 from cpt.checkpoint.write import checkpoint_folders, checksum
 from cpt.config import Fault
-from cpt.parallel.mesh import Mesh
+from cpt.parallel.mesh import ALONE
 from cpt.parallel.weights import Piece
 
-ALONE = Mesh(0, 1, 0, torch.device("cpu"))
 FILES = ("checksums.json", "index.json", "pieces-00000.safetensors", "state.json")
 
 

@@ -15,10 +15,9 @@ from cpt.data.corpus import Corpus
 from cpt.data.shards import ShardWriter
 from cpt.evaluation.held_out import HeldOut, bits_per_byte
 from cpt.evaluation.interval import half_width
-from cpt.parallel.mesh import Mesh
+from cpt.parallel.mesh import ALONE, Mesh
 
 LENGTH = 8
-ALONE = Mesh(0, 1, 0, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
