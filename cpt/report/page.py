@@ -13,13 +13,12 @@ from pathlib import Path
 
 from cpt.config import Fault
 from cpt.report import plots
+from cpt.report.measures import measures_table, passages_table
 from cpt.report.runs import RunRecord
 from cpt.report.tables import (
     Table,
     comparison_tables,
     findings,
-    measures_table,
-    passages_table,
     runs_table,
     tokens_cell,
 )
