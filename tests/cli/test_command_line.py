@@ -79,7 +79,7 @@ def test_a_name_with_an_underscore_is_no_command(told):
 
 
 @pytest.mark.parametrize(
-    "words", [["train"], ["lineage"], ["lineage", "a", "b"], ["verify-order", "a"], ["train", "--bad"]]
+    "words", [["train"], ["lineage"], ["verify-order", "a"], ["verify-order", "a", "b", "c"], ["train", "--bad"]]
 )
 def test_wrong_words_are_told_with_status_2(told, words):
     status, _, errors = told(*words)
