@@ -324,6 +324,15 @@ def test_a_contradiction_is_one_line_that_names_the_setting(file, word, told):
     assert line == told or (told.endswith(" ") and line.startswith(told))
 
 
+def test_the_flops_profiler_does_not_go_with_compiled_blocks_that_are_computed_again(file):
+    words = ["deepspeed.flops_profiler={enabled: true}", "compile.blocks=true", "recompute.mode=full"]
+    assert faults_of(file(SMALLEST), *words) == [
+        "deepspeed.flops_profiler with compile.blocks and recompute.mode = full: it exchanges torch's functions "
+        "between a block and its second run, which then differ; leave one of the three out"
+    ]
+    read_run([file(SMALLEST), *words[:2]])
+
+
 def test_a_parent_at_a_place_that_is_no_step_is_a_fault(file, tmp_path):
     file(SMALLEST, "base/run.yaml")
     assert faults_of(file(CHILD), f"parent.run={tmp_path}/base", "parent.at=last") == [

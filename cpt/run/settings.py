@@ -296,6 +296,13 @@ class Run:
         faults.extend(self._faults_of_mesh())
         if self.model is not None:
             faults.extend(self.recompute.faults_of(self.model.layers))
+        profiler = self.deepspeed.get("flops_profiler")
+        is_profiled = isinstance(profiler, dict) and profiler.get("enabled", False) is True
+        if is_profiled and self.compile.blocks and self.recompute.mode == "full":
+            faults.append(
+                "deepspeed.flops_profiler with compile.blocks and recompute.mode = full: it exchanges torch's functions "
+                "between a block and its second run, which then differ; leave one of the three out"
+            )
         if self.model is None:
             faults.append(
                 "model is not set; name one, such as {name: llama, vocabulary: 32000}, or a parent to take it from"

@@ -43,6 +43,8 @@ MORE_CASES = [
     ("llama", 2, (("tensor", 2),), 2, "fp32", "full", False),
     ("llama", 2, (("tensor", 2),), 1, "fp32", "selective", False),
     ("pythia", 2, (("pipeline", 2),), 1, "fp32", "full", False),
+    ("pythia", 2, (("sequence", 2),), 1, "fp32", "full", False),
+    ("llama", 2, (("sequence", 2),), 2, "fp32", "selective", True),
 ]
 
 

@@ -201,6 +201,7 @@ _SCALED = {"prescale_gradients": True, "gradient_predivide_factor": 2.0}
 _EVERYWHERE = {
     "wall_clock_breakdown": True, "memory_breakdown": True, "dump_state": True, "disable_python_gc": True,
     "steps_per_print": 3, "log_level": "error",
+    "flops_profiler": {"enabled": True, "profile_step": 2, "output_file": "/dev/null"},
     "comms_logger": {"enabled": True}, "timers": {"throughput": {"enabled": False}}, "communication_data_type": "fp32",
     "seq_parallel_communication_data_type": "fp32", "disable_allgather": True,
 }  # fmt: skip

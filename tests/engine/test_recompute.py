@@ -32,6 +32,7 @@ CASES = [
     ("llama", 2, (("tensor", 2),), 1, "fp32"),
     ("pythia", 2, (("tensor", 2),), 3, "fp32"),
     ("llama", 2, (("pipeline", 2),), 1, "fp32"),
+    ("llama", 2, (("sequence", 2),), 3, "fp32"),
 ]
 # Without this, everything is small enough to stay gathered under ZeRO-3.
 ALL_CUT = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
