@@ -27,6 +27,7 @@ from cpt.engine.loss_scale import LossScale, Scaled, refuse_without_fp16
 from cpt.engine.micro_batches import MicroBatch, OneByOne, cut
 from cpt.engine.pipeline import DEEPSPEED_SETTINGS, Pipeline
 from cpt.engine.settings import Settings, deepspeed_settings
+from cpt.engine.zero_three import cut_weights
 from cpt.methods import Forward, Seams
 from cpt.parallel.mesh import Mesh
 from cpt.parallel.mpu import ModelParallelUnit, is_counted, mark_parts
@@ -95,6 +96,8 @@ class Engine:
         # BF16_Optimizer prints what memory there is, seven times, whatever its settings say.
         with contextlib.redirect_stdout(io.StringIO()), told_as_faults(settings.deepspeed):
             pipeline = Pipeline(model, mesh) if mesh.pipeline.size > 1 else None
+            if settings.zero == 3:
+                cut_weights(model, made, mesh, settings.precision)
             self._engine, *_ = deepspeed.initialize(
                 model=pipeline.module if pipeline else model,
                 optimizer=make_optimizer([g for g in groups if g["params"]]),

@@ -300,8 +300,8 @@ class Run:
         is_profiled = isinstance(profiler, dict) and profiler.get("enabled", False) is True
         if is_profiled and self.compile.blocks and self.recompute.mode == "full":
             faults.append(
-                "deepspeed.flops_profiler with compile.blocks and recompute.mode = full: it exchanges torch's functions "
-                "between a block and its second run, which then differ; leave one of the three out"
+                "deepspeed.flops_profiler with compile.blocks and recompute.mode = full: it exchanges "
+                "torch's functions between a block and its second run, which then differ; leave one of the three out"
             )
         if self.model is None:
             faults.append(

@@ -12,6 +12,7 @@ from cpt.checkpoint.place import StageBehind
 from cpt.config import Fault
 from cpt.lineage.areas import Areas
 from cpt.lineage.ledger import Entry, Ledger
+from cpt.parallel.mesh import ALONE
 from cpt.progress import Progress
 
 
@@ -109,3 +110,17 @@ def test_a_place_comes_back_from_json_as_it_was_and_a_child_begins_at_zero_with_
     assert Place.from_json(plain) == place
     begun = Place(ledger_before_stage=now.as_inherited(), rate_before_stage=5e-4, rate=5e-4, areas=Areas(rate=5e-4))
     assert Place.of_child(plain) == begun
+
+
+def test_a_folder_that_another_process_went_on_with_after_it_was_looked_at_is_refused(run):
+    make(run, 5)
+    assert run.look(ALONE) == (False, False)
+    with run.taken(ALONE):
+        pass
+    make(run, 10)
+    with pytest.raises(Fault, match="another process has gone on with it meanwhile; start again"), run.taken(ALONE):
+        pass
+    run.look(ALONE)
+    run.finish(10, 100)
+    with pytest.raises(Fault, match="meanwhile"), run.taken(ALONE):
+        pass

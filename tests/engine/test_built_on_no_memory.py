@@ -40,3 +40,26 @@ def test_the_losses_are_the_same(zero):
 
     usual, late = ranks.on_ranks(2, both)[0]
     assert usual == late and usual[-1] < usual[0]
+
+
+def test_at_stage_3_no_device_is_ever_given_a_whole_parameter(monkeypatch):
+    """DeepSpeed moves what it is given to the device before it cuts it, so it is given what is cut already."""
+
+    def work(mesh):
+        import deepspeed
+
+        found = []
+        initialize = deepspeed.initialize
+
+        def look(**named):
+            parameters = list(named["model"].parameters())
+            found.extend(p.numel() == 0 and p.ds_tensor.numel() <= -(-p.ds_numel // mesh.size) for p in parameters)
+            return initialize(**named)
+
+        monkeypatch.setattr(deepspeed, "initialize", look)
+        for precision in ("fp32", "bf16"):
+            tiny.start_engine(mesh, zero=3, precision=precision, model=built)
+        return found
+
+    for found in ranks.on_ranks(2, work):
+        assert len(found) == 2 * len(list(built().parameters())) and all(found)
