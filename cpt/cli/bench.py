@@ -3,6 +3,7 @@
 `cpt bench data` reads shuffled samples of one text with our loader and with each peer that is installed:
 megatron-core, litdata, mosaicml-streaming, datasets.
 `cpt bench convert` imports and exports a Hugging Face folder of random weights, beside transformers' load and save.
+`cpt bench checkpoint` saves while a model trains, beside dd, torch.distributed.checkpoint and DeepSpeed's own save.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import argparse
 import json
 from pathlib import Path
 
-from cpt.benchmarks import convert
+from cpt.benchmarks import checkpoint, convert
 from cpt.benchmarks.data import Settings, compare
 from cpt.benchmarks.table import as_json, as_lines
 from cpt.config import read_settings
+from cpt_launcher.rendezvous import pick_free_port
 
 EXAMPLE = "cpt bench data --tokens 50M --batch 64,256 --json bench.json"
 
@@ -44,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--folder", type=Path, metavar="DIR", help="for large files, which go away again (default: /tmp)")
     data.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     _add_convert(commands)
+    _add_checkpoint(commands)
 
 
 def _add_convert(commands) -> None:
@@ -62,9 +65,24 @@ def _add_convert(commands) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
 
 
+def _add_checkpoint(commands) -> None:
+    defaults = checkpoint.Settings()
+    parser = commands.add_parser(
+        "checkpoint",
+        help="compare how fast checkpoints are written and read, and how long training waits",
+        description="Compare how fast checkpoints are written and read, and how long training waits.",
+    )
+    parser.add_argument("--gigabytes", default=defaults.gigabytes, metavar="N", help="saved (default: %(default)s)")
+    parser.add_argument("--length", default=defaults.length, metavar="N", help="tokens of a step (%(default)s)")
+    parser.add_argument("--repetitions", default=defaults.repetitions, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--no-peers", action="store_true", help="dd and ours alone")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="on the disk to measure; files go away again")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print the tables."""
-    return {"data": _data, "convert": _convert}[arguments.bench_command](arguments)
+    return {"data": _data, "convert": _convert, "checkpoint": _checkpoint}[arguments.bench_command](arguments)
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -74,6 +92,16 @@ def _convert(arguments: argparse.Namespace) -> int:
     print("\n".join(convert.as_lines(settings, *result)))
     if arguments.json:
         arguments.json.write_text(json.dumps(convert.as_json(settings, *result), indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _checkpoint(arguments: argparse.Namespace) -> int:
+    mapping = {name: getattr(arguments, name) for name in ("gigabytes", "length", "repetitions")}
+    settings = read_settings(checkpoint.Settings, {**mapping, "peers": not arguments.no_peers})
+    result = checkpoint.compare(settings, arguments.folder, pick_free_port())
+    print("\n".join(checkpoint.as_lines(result)))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(checkpoint.as_json(result), indent=2) + "\n", encoding="utf-8")
     return 0
 
 
