@@ -73,7 +73,7 @@ class RunFolder:
         `taken` then refuses a folder that another process has gone on with meanwhile.
         """
         self._seen = self._state()
-        is_run, is_finished = mesh.from_first([self.is_run, self.is_finished])
+        is_run, is_finished = mesh.from_first([int(self.is_run), int(self.is_finished)])
         return bool(is_run), bool(is_finished)
 
     def _state(self) -> tuple[bool, bool, list[str]]:
