@@ -106,10 +106,11 @@ class Engine:
             )
         if pipeline:
             pipeline.use(self._engine)
-        self._run: OneByOne | Pipeline | Scaled = pipeline or OneByOne(self._engine, mesh)
+        self._run: OneByOne | Pipeline = pipeline or OneByOne(self._engine, mesh)
         self._loss_scale = LossScale(settings.loss_scale) if settings.precision == "fp16" else None
+        self._train = self._run.train
         if self._loss_scale:
-            self._run = Scaled(self._run, self._engine, mesh, self._loss_scale)
+            self._train = Scaled(self._run, self._engine, mesh, self._loss_scale).train
         self.masters = Masters(self._engine, model, settings.zero, mesh)
         for method in self._methods:
             method.meet(model, make_model, self.masters, mesh)
@@ -185,7 +186,7 @@ class Engine:
                 loss = loss if extra is None else loss + extra
             return loss
 
-        self._run.train(micro_batches, loss_of)
+        self._train(micro_batches, loss_of)
         # Per source: loss summed, tokens counted; and one place more for "stop" and "save".
         sums = torch.zeros(2, num_sources + 1, dtype=torch.float64)
         if self._mesh.tensor.rank == 0:  # the first of a tensor group speaks for its windows; asked to stop may be any

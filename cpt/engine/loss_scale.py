@@ -164,11 +164,3 @@ class Scaled:
         if hasattr(optimizer, "single_partition_of_fp32_groups"):  # of stages 1 and 2
             for group in optimizer.averaged_gradients:
                 optimizer.averaged_gradients[group] = None
-
-    def token_losses(self, tokens: Tensor, starts: Tensor | None) -> Tensor:
-        """As `run` does: without a backward pass nothing is scaled."""
-        return self._run.token_losses(tokens, starts)
-
-    def differing_copies(self) -> list[str]:
-        """As `run` does."""
-        return self._run.differing_copies()

@@ -142,7 +142,7 @@ def test_deepspeeds_own_scaler_would_halve_the_gradients_of_a_step_after_which_i
         for is_ours in (True, False):
             engine = tiny.start_engine(mesh, zero=3, precision="fp16", scale=Settings(initial=1024, growth_steps=1))
             if not is_ours:
-                engine._run = engine._run._run
+                engine._train = engine._run.train
                 engine._engine.optimizer.loss_scaler = DynamicLossScaler(1024, 1, 1, 1, False)
             told.append([result.grad_norm for result in tiny.take_steps(engine, mesh, 0, 3)])
         return told
