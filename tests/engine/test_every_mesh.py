@@ -37,8 +37,11 @@ def differences(found: dict, expected: dict) -> list[float]:
     return [*numbers, max(masters)]
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("documents", [False, True], ids=["across documents", "within documents"])
+# Tied models across documents only: the two have nothing to do with one another.
+@pytest.mark.parametrize(
+    ("model", "documents"),
+    [(model, documents) for model in MODELS for documents in (False, True) if not (documents and "tied" in model)],
+)
 def test_ten_steps_on_every_mesh_are_those_of_one_process(model, documents):
     lines = []
     ways = [
@@ -46,7 +49,7 @@ def test_ten_steps_on_every_mesh_are_those_of_one_process(model, documents):
     ]
     for ranks, axes, shares_norms in ways:
         cases = [case(model, ranks, zero, **axes) for zero in ((0, 1) if "pipeline" in axes else (0, 1, 2, 3))]
-        for one, of_ranks in train_all(cases, documents=documents, shares_norms=shares_norms).items():
+        for one, of_ranks in train_all(cases, 600.0, documents=documents, shares_norms=shares_norms).items():
             found, expected = joined(of_ranks), alone(model, documents)
             assert_near(found, expected)
             told = " | ".join(f"{number:.1e}" for number in differences(found, expected))

@@ -113,13 +113,12 @@ def alone(name: str, documents: bool = False) -> dict[str, Any]:
     return joined(on_ranks(1, lambda mesh: train(mesh, name, 1, documents=documents)))
 
 
-def train_all(cases: Sequence[Case], **more: Any) -> dict[Case, list[dict[str, Any]]]:
-    """The results of all ranks for every case, those of one mesh in the same processes."""
+def train_all(cases: Sequence[Case], seconds: float = 180.0, **more: Any) -> dict[Case, list[dict[str, Any]]]:
+    """The results of all ranks for every case, those of one mesh in the same processes, which have so many seconds."""
     told = {}
     for ranks, axes in dict.fromkeys((one.ranks, one.axes) for one in cases):
         here = [one for one in cases if (one.ranks, one.axes) == (ranks, axes)]
-        of_ranks = on_ranks(
-            ranks, lambda mesh, here=here: [train(mesh, one.model, one.zero, **more) for one in here], **dict(axes)
-        )
+        work = lambda mesh, here=here: [train(mesh, one.model, one.zero, **more) for one in here]  # noqa: E731
+        of_ranks = on_ranks(ranks, work, seconds, **dict(axes))
         told.update({one: [results[i] for results in of_ranks] for i, one in enumerate(here)})
     return told
