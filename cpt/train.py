@@ -412,6 +412,12 @@ def _tell_what_was_built(run: Run, mesh: Mesh, model: Any, kernels: switch.Kerne
     if mesh.pipeline.size > 1:
         told = ", ".join(str(len(blocks)) for blocks in run.blocks_of_parts)
         _log.info("the pipeline's parts have %s blocks; the last one has the head too", told)
+    has_copies = mesh.tensor.size > 1 or mesh.pipeline.size > 1 or (mesh.size > 1 and run.zero < 3)
+    if run.mesh.check_every_steps and mesh.is_first and not has_copies:
+        _log.warning(
+            "mesh.check_every_steps = %d with zero = %d on %d rank(s): no rank holds what another one holds; "
+            "nothing is compared", run.mesh.check_every_steps, run.zero, mesh.size,
+        )  # fmt: skip
     told = kernels.told
     if mesh.tensor.size > 1:
         is_shared = run.mesh.shares_norms(run.sequence_length)

@@ -39,7 +39,8 @@ class Settings:
     is as fast as can be.
     `sequence_parallel_norms`: each tensor rank has some positions of norms and of the residual stream, and not all;
     left out: with more than one tensor rank, where they divide the positions.
-    `check_every_steps`: end the run if ranks that should hold the same weights do not, to the bit; None: never look.
+    `check_every_steps`: end the run if ranks that should hold the same weights or moments do not, to the bit; None:
+    never look.
     """
 
     pipeline: int = 1

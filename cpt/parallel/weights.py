@@ -16,7 +16,7 @@ step: that is how the published Reptile code loses its outer step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 # Elements start to stop of a whole parameter, flattened, by its name.
 Read = Callable[[str, int, int], torch.Tensor]
+# A parameter by its name, the first element of it that is meant, and what this rank holds from there on.
+_Held = tuple[str, int, tuple[torch.Tensor, ...]]
+# Of a fingerprint, which takes 16 bytes for each.
+_ELEMENTS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -179,20 +183,24 @@ class Masters:
     def differing_copies(self) -> list[str]:
         """Parameters that ranks hold alike and that are not the same to the bit; every rank must call it.
 
-        Of tensor ranks, and at ZeRO stage 0 of replicas. Sends two numbers a parameter.
+        Of tensor ranks masters and moments; of replicas, too, at ZeRO stage 0, and at 1 and 2 the weights that the
+        model computes with. At 3 replicas hold nothing twice. Sends two numbers a parameter.
         """
         of_tensor = [piece for piece in self.pieces if piece.columns is None]  # columns begin at 0 on every rank
-        differing = self._differing(of_tensor, self._mesh.tensor)
+        differing = self._differing(_held(of_tensor), self._mesh.tensor)
         if self._stage == 0:
-            differing |= self._differing(self.pieces, self._mesh.same_parameters)
+            differing |= self._differing(_held(self.pieces), self._mesh.same_parameters)
+        elif self._stage < 3:
+            weights = ((name, 0, (parameter.detach(),)) for name, parameter in self._parameters.items())
+            differing |= self._differing(weights, self._mesh.same_parameters)
         return sorted(differing)
 
-    def _differing(self, pieces: Sequence[Piece], group: Group) -> set[str]:
-        """Names of those pieces that begin at the same element on another rank of the group and are not the same."""
+    def _differing(self, held: Iterable[_Held], group: Group) -> set[str]:
+        """Names of what begins at the same element on another rank of the group and is not the same there."""
         if group.size == 1:
             return set()
         # A row for each parameter, because where there is only padding there is no piece.
-        found = {piece.name: (piece.start, fingerprint(piece.values)) for piece in pieces}
+        found = {name: (start, fingerprint(*tensors)) for name, start, tensors in held}
         numbers = [found.get(name, (-1, 0)) for name in self._parts]
         here = torch.tensor(numbers, dtype=torch.int64, device=self._mesh.device)  # [parameters, 2]
         of_ranks = [torch.empty_like(here) for _ in range(group.size)]
@@ -263,11 +271,21 @@ class Masters:
         yield Piece(name, part.shape, start, start + num_real, view(flat), moments, is_counted, part.columns)
 
 
-def fingerprint(values: torch.Tensor) -> int:
-    """A number of the bits of values of 16 or 32 bits that another bit, or another order, changes."""
-    bits = values.contiguous().view(torch.int16 if values.element_size() == 2 else torch.int32).flatten().long()
-    places = torch.arange(1, len(bits) + 1, device=bits.device)
-    return int((bits * (2 * places + 1)).sum())  # odd factors: no changed bit is lost in the overflow
+def fingerprint(*tensors: torch.Tensor) -> int:
+    """A number of the bits of tensors of 16 or 32 bits that another bit, or another order, changes."""
+    total, place = 0, 0
+    for tensor in tensors:
+        bits = tensor.contiguous().view(torch.int16 if tensor.element_size() == 2 else torch.int32).flatten()
+        for part in bits.split(_ELEMENTS_AT_ONCE):
+            places = torch.arange(place + 1, place + len(part) + 1, device=part.device)
+            total = total + (part.long() * (2 * places + 1)).sum()  # odd factors: the overflow loses no changed bit
+            place += len(part)
+    return int(total)
+
+
+def _held(pieces: Sequence[Piece]) -> Iterator[_Held]:
+    """What a rank keeps for each of these pieces."""
+    return ((piece.name, piece.start, (piece.values, *piece.moments.values())) for piece in pieces)
 
 
 def _parts_here(module: nn.Module, parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> dict[str, Part]:

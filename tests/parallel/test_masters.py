@@ -263,3 +263,35 @@ def test_a_copy_that_differs_in_one_bit_is_found_on_the_ranks_that_hold_it(ranks
     assert names[0] in told[-1][1] and names[-1] in told[-1][-1]
     if tensor == 4:  # the first two ranks have another key head
         assert [names[-1] in one[-1] for one in told] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout[0] < 3], ids=str)
+def test_weights_of_replicas_that_differ_in_one_bit_are_found(layout):
+    def work(mesh):
+        engine = start(mesh, layout)
+        tiny.take_steps(engine, mesh, 0, 2, number=WINDOWS)
+        told = [engine.differing_copies()]
+        if mesh.rank == mesh.size - 1:
+            weights = dict(engine._model.named_parameters())["norm.weight"].data
+            weights[-1:].view(torch.int16 if layout[1] == "bf16" else torch.int32).bitwise_xor_(1)
+        return [*told, engine.differing_copies()]
+
+    assert on_ranks(3, work) == [[[], ["norm.weight"]]] * 3
+
+
+@pytest.mark.parametrize(("tensor", "zero"), [(1, 0), (2, 1), (2, 3)])
+@pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq"])
+def test_moments_that_differ_in_one_bit_are_found(tensor, zero, moment):
+    settings = dataclasses.replace(tiny.LLAMA, heads=4, kv_heads=2, head_width=6)
+    model = partial(build, settings, "Model", choose(Settings(), torch.device("cpu")))
+
+    def work(mesh):
+        engine = tiny.start_engine(mesh, zero=zero, model=model)
+        tiny.take_steps(engine, mesh, 0, 2)
+        told = [engine.differing_copies()]
+        for piece in engine.masters.pieces:
+            if piece.name == "norm.weight" and mesh.rank == 1:
+                piece.moments[moment][-1:].view(torch.int32).bitwise_xor_(1)
+        return [*told, engine.differing_copies()]
+
+    assert on_ranks(2, work, tensor=tensor) == [[[], ["norm.weight"]]] * 2

@@ -174,6 +174,32 @@ def test_ranks_that_should_hold_the_same_are_looked_at_where_it_is_asked_for(con
     assert "Traceback" not in ended[0][1]
 
 
+def test_weights_that_replicas_compute_with_are_looked_at_in_the_default_setting(config):
+    def spoil_one_rank():
+        update = Engine.step
+
+        def step(engine, *arguments, **named):
+            result = update(engine, *arguments, **named)
+            if engine._mesh.rank == 1 and arguments[4].step == 2:
+                dict(engine._model.named_parameters())["norm.weight"].data.add_(1)
+            return result
+
+        Engine.step = step
+
+    words = (config, "mesh.check_every_steps=1", f"output={config.parent}/replicas")
+    ended = runs.cpt("train", *words, ranks=2, before=spoil_one_rank)
+    assert [status for status, _ in ended] == [1, 1]
+    assert "after step 3 the copies of norm.weight differ between ranks" in ended[0][1]
+
+
+def test_where_nothing_lies_twice_the_run_says_that_nothing_is_compared(data, tmp_path):
+    plain = runs.settings(data, tmp_path / "run", [runs.stage(data, "code", 1)])
+    config = runs.write_settings(tmp_path / "run.yaml", {**plain, "mesh": {"check_every_steps": 1}})
+    told = "mesh.check_every_steps = 1 with zero = 3 on 2 rank(s): no rank holds what another one holds; nothing is"
+    assert told in runs.trained(config, "zero=3", ranks=2)
+    assert "nothing is compared" not in runs.trained(config, "zero=2", f"output={tmp_path}/two", ranks=2)
+
+
 @pytest.mark.parametrize(
     ("words", "ranks", "told"),
     [
