@@ -53,6 +53,19 @@ def child(data, base, tmp_path_factory) -> Path:
     return folder / "child"
 
 
+@pytest.fixture(scope="session")
+def even(data, tmp_path_factory) -> Path:
+    """A Hugging Face folder whose model two tensor or sequence ranks can share."""
+    from cpt_harness import runs
+
+    folder = tmp_path_factory.mktemp("even")
+    model = {**runs.MODEL, "heads": 4, "kv_heads": 2, "head_width": 6}
+    plain = runs.settings(data, folder / "run", [runs.stage(data, "code", 1)], model=model)
+    runs.trained(runs.write_settings(folder / "run.yaml", plain))
+    assert runs.cpt("convert", "to-hf", folder / "run", folder / "model", "--dtype", "fp32")[0][0] == 0
+    return folder / "model"
+
+
 @pytest.fixture(autouse=True)
 def loggers_as_before() -> Iterator[None]:
     """A command sends our log lines to the terminal, a run to a file; the next test begins without either."""

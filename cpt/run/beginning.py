@@ -161,7 +161,7 @@ def open_gate(run: Run, mesh: Mesh, engine: Engine) -> StartGate | None:
     gate = StartGate(run.gate, lambda: text.score(engine.token_losses, mesh, run.evaluation.micro_batch).loss)
     if run.weights:
         size = run.model.num_parameters
-        tokens = fitted(_in_old_tokens(run, text.first_windows(run.gate.windows)), size)
+        tokens = _shareable(_in_old_tokens(run, text.first_windows(run.gate.windows)), size, mesh)
         found = float(engine.score(tokens).sum()) / tokens[:, 1:].numel()
         here = _told_loss(run, size, tokens) if mesh.is_first else 0.0
         expected = float(mesh.sum(torch.tensor(here, dtype=torch.float64, device=mesh.device)))
@@ -183,6 +183,16 @@ def _in_old_tokens(run: Run, tokens: torch.Tensor) -> torch.Tensor:
     old, new = Tokenizer.open(run.weights), Tokenizer.open(run.growth.grow_to)
     cut = [torch.from_numpy(old.encode(new.decode(window)).astype("int64")) for window in tokens.tolist()]
     return torch.stack([window[: min(map(len, cut))] for window in cut])[:, : tokens.shape[1]]
+
+
+def _shareable(tokens: torch.Tensor, size: int, mesh: Mesh) -> torch.Tensor:
+    """As much of windows [B, S + 1] as `fitted` leaves for a model of that size, in so many positions as tensor and
+    sequence ranks can share: at least one each, and where there is too little text it comes again.
+    """
+    num_windows, length = fitted(tokens, size).shape
+    unit = mesh.tensor.size * mesh.sequence.size
+    length = 1 + max(1, (length - 1) // unit) * unit
+    return tokens[:num_windows].repeat(1, -(-length // tokens.shape[1]))[:, :length]
 
 
 def _told_loss(run: Run, size: int, tokens: torch.Tensor) -> float:

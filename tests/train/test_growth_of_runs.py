@@ -13,6 +13,7 @@ from cpt_harness import runs
 from cpt.checkpoint import RunFolder
 from cpt.data.prepare.tokenizers import Tokenizer
 from cpt.huggingface.load import read_folder
+from cpt.run import beginning
 
 STEPS = 4
 
@@ -99,6 +100,17 @@ def test_stopped_while_the_new_rows_learn_it_goes_on_the_same(config, grown, tmp
     found, expected = masters(tmp_path / "run", STEPS), masters(grown, STEPS)
     for name, values in expected.items():
         assert torch.allclose(found[name], values, atol=1e-5), name
+
+
+@pytest.mark.parametrize("num_tokens", [2, 6])
+@pytest.mark.parametrize("axis", ["tensor", "sequence"])
+def test_old_tokens_that_the_ranks_cannot_share_are_cut_down_or_come_again(
+    config, even, tmp_path, monkeypatch, axis, num_tokens
+):
+    really = beginning._in_old_tokens
+    monkeypatch.setattr(beginning, "_in_old_tokens", lambda run, tokens: really(run, tokens)[:, :num_tokens])
+    words = (f"model.from={even}", f"mesh.{axis}=2", f"output={tmp_path / 'run'}")
+    assert "in old tokens" in runs.trained(config, *words, ranks=2)
 
 
 def test_corpora_of_the_old_tokenizer_are_refused(config, data, tmp_path):

@@ -13,6 +13,7 @@ from cpt_harness import runs
 from safetensors.torch import load_file, save_file
 
 from cpt.checkpoint import RunFolder
+from cpt.huggingface import probe
 from cpt.lineage.tree import Parent, read_lineage
 from cpt.run import read_run
 from cpt.run.beginning import scores_of_parent
@@ -52,6 +53,15 @@ def test_it_begins_at_the_loss_of_the_exported_run_on_any_mesh(base, exported, d
     tolerance = 0.02 if "precision=bf16" in words else 1e-5
     assert first_scores(tmp_path / "run") == pytest.approx(last_scores(base), abs=tolerance)
     assert f"in {exported} under transformers" in told
+
+
+@pytest.mark.parametrize("axis", ["tensor", "sequence"])
+def test_a_probe_that_the_ranks_cannot_share_is_cut_down(even, data, tmp_path, axis, monkeypatch):
+    """As that of a large model is, to a length that has nothing to do with the run's."""
+    monkeypatch.setattr(probe, "IN_LAYERS_FROM_PARAMETERS", 1)
+    monkeypatch.setattr(probe, "_TOKENS_IN_LAYERS", 9)
+    told = runs.trained(config_from(even, data, tmp_path), f"mesh.{axis}=2", ranks=2)
+    assert f"in {even} under transformers" in told
 
 
 def test_its_folder_says_the_model_in_full_and_holds_the_tokenizer_alone(exported, data, tmp_path):
