@@ -503,3 +503,37 @@ def test_ranks_must_divide_every_batch_on_the_way(file):
         "stages.0.batch_warmup.increment = 2: on 2 ranks that see different windows, in micro-batches of 2, it must be "
         "a multiple of 4"
     ]
+
+
+OVERLAP = "compile={blocks: true, overlaps_sums: true}"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["zero=1"], "with mesh.tensor = 1: it is sums over tensor ranks that it lets go on; leave it out"),
+        (["zero=3", "mesh.tensor=2"], "with zero = 3: blocks are compiled operation by operation then; use zero = 2"),
+        (["zero=1", "mesh.tensor=2", "recompute.mode=selective", "attention=within_document"],
+         "with recompute.mode = selective within documents: blocks are compiled operation by operation then; "
+         "use none or full"),
+    ],
+)  # fmt: skip
+def test_an_order_of_sums_where_there_are_none_or_blocks_are_not_compiled_whole_is_refused(file, words, told):
+    with pytest.raises(Fault) as caught:
+        read_run([file(SMALLEST), OVERLAP, *words])
+    assert [line for line in caught.value.lines if "overlaps_sums" in line] == [f"compile.overlaps_sums = true {told}"]
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["recompute.mode=full"], ["recompute.mode=selective", "attention=across_documents"]]
+)
+def test_an_order_of_sums_is_taken_where_blocks_are_compiled_whole(file, words):
+    run = read_run([file(SMALLEST), OVERLAP, "zero=2", "mesh.tensor=2", *words])
+    assert run.compile.overlaps_sums
+
+
+@pytest.mark.parametrize("name", ["zero_hpz_partition_size", "zero_quantized_gradients", "zero_quantized_weights"])
+def test_groups_of_neighbouring_ranks_are_refused_with_tensor_ranks_before_any_meet(file, name):
+    word = f"deepspeed={{zero_optimization: {{{name}: 2}}}}"
+    with pytest.raises(Fault, match=f"deepspeed.zero_optimization.{name} with mesh.tensor = 2: DeepSpeed would make"):
+        read_run([file(SMALLEST), word, "zero=3", "mesh.tensor=2"])

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from cpt.config.faults import Fault, nearest
-from cpt.parallel.mesh import Mesh
 
 
 def _names(text: str) -> frozenset[str]:
@@ -135,13 +134,13 @@ def contradictions(block: dict[str, Any], zero: int = 3) -> list[str]:
     return faults + _faults_of_scaling(block, zero)
 
 
-def unfit(block: dict[str, Any], mesh: Mesh) -> list[str]:
-    """Settings of a `deepspeed:` block that mix up the ranks of the mesh."""
+def unfit(block: dict[str, Any], tensor: int) -> list[str]:
+    """Settings of a `deepspeed:` block that mix up the ranks of groups of `tensor` ranks."""
     zero = block.get("zero_optimization", {})
-    if mesh.tensor.size == 1 or not isinstance(zero, dict):
+    if tensor == 1 or not isinstance(zero, dict):
         return []
     return [
-        f"deepspeed.zero_optimization.{name} with mesh.tensor = {mesh.tensor.size}: DeepSpeed would make groups of "
+        f"deepspeed.zero_optimization.{name} with mesh.tensor = {tensor}: DeepSpeed would make groups of "
         "neighbouring ranks, which hold different parts of a layer; leave one of them out"
         for name in _GROUPS_OF_NEIGHBOURS
         if (value := zero.get(name)) is True or (isinstance(value, int) and value > 1)

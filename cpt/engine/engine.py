@@ -77,7 +77,7 @@ class Engine:
     ) -> None:
         import deepspeed
 
-        faults = settings.batch.faults_on(mesh.data_size) + unfit(settings.deepspeed, mesh)
+        faults = settings.batch.faults_on(mesh.data_size) + unfit(settings.deepspeed, mesh.tensor.size)
         if faults:
             raise Fault(faults)
         if settings.precision == "fp16":

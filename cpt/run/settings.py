@@ -19,6 +19,7 @@ from cpt.data.replay import Replay
 from cpt.data.streams import Source
 from cpt.engine import loss_scale
 from cpt.engine import settings as engine_settings
+from cpt.engine.deepspeed_block import unfit
 from cpt.evaluation import guard, held_out, start_gate
 from cpt.models.growth import Growth
 from cpt.models.layers import compiled, recompute
@@ -341,6 +342,20 @@ class Run:
                 f"zero = {self.zero} with mesh.pipeline = {pipeline}: each part adds up the gradients of many "
                 "micro-batches before they are sent, so they cannot be cut as they come; use zero = 1"
             )
+        return faults + unfit(self.deepspeed, self.mesh.tensor) + self._faults_of_overlap()
+
+    def _faults_of_overlap(self) -> list[str]:
+        """Nothing to let go on, or nobody who knows what comes beside it."""
+        name, apart = "compile.overlaps_sums = true", "blocks are compiled operation by operation then; use"
+        if not self.compile.overlaps_sums:
+            return []
+        faults = []
+        if self.mesh.tensor == 1:
+            faults.append(f"{name} with mesh.tensor = 1: it is sums over tensor ranks that it lets go on; leave it out")
+        if self.zero == 3:
+            faults.append(f"{name} with zero = 3: {apart} zero = 2")
+        if self.recompute.mode == "selective" and self.model is not None and self.is_within_documents:
+            faults.append(f"{name} with recompute.mode = selective within documents: {apart} none or full")
         return faults
 
     def _faults_of_start(self) -> list[str]:

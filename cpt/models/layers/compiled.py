@@ -32,8 +32,8 @@ _OVERLAPPING = {
 class Settings:
     """`blocks`: whether blocks are compiled. `backend`: `aot_eager` needs no C++ compiler and saves nothing.
 
-    `overlaps_sums`: let what tensor ranks send one another go on while gradients of weights are computed. At ZeRO 0 to
-    2, for at ZeRO 3 blocks are not compiled as a whole.
+    `overlaps_sums`: let what tensor ranks send one another go on while gradients of weights are computed. Where
+    blocks are compiled whole: not at ZeRO 3, nor with selective recomputation within documents.
     """
 
     blocks: bool = False
