@@ -46,6 +46,7 @@ from cpt.observe.signals import StopRequest, listening_for_stop
 from cpt.observe.speed import find_peak
 from cpt.parallel.mesh import Mesh
 from cpt.parallel.seeds import seed_step
+from cpt.parallel.together import together
 from cpt.progress import Progress
 from cpt.run import Run, Stage
 from cpt.run.beginning import TrainingError, open_gate, scores_of_parent, weights_of_folder, where_to_begin
@@ -82,10 +83,11 @@ def train(run: Run, mesh: Mesh, why_orphaned: Callable[[], str | None] = lambda:
     place, checkpoint, parent = where_to_begin(run, folder, mesh)
     if place is None:
         return Outcome(folder.path, folder.steps_when_finished)
-    corpora = open_corpora(corpora_of(run), run.model.vocabulary, run.tokenizer, run.is_within_documents)
-    held_out = held_out_of(run)
-    refuse_bad_stages(run, place)
-    refuse_broken(run.compile, mesh.device)
+    with together(mesh):
+        corpora = open_corpora(corpora_of(run), run.model.vocabulary, run.tokenizer, run.is_within_documents)
+        held_out = held_out_of(run)
+        refuse_bad_stages(run, place)
+        refuse_broken(run.compile, mesh.device)
     kernels = switch.choose(run.kernels, mesh.device)
     cuts = beside(run.model, "CUTS")
     blocks = run.blocks_of_parts[mesh.pipeline.rank]
@@ -120,16 +122,21 @@ def train(run: Run, mesh: Mesh, why_orphaned: Callable[[], str | None] = lambda:
 
     # No earlier: a parent that does not fit leaves nothing behind.
     with folder.taken(mesh), listening_for_stop(why_orphaned) as stop:
-        _prepare_folder(run, folder, mesh, parent, corpora)
+        with together(mesh):
+            if mesh.is_first:
+                _prepare_folder(run, folder, parent, corpora)
+        with together(mesh):
+            log_to_file(folder.path, mesh.rank)
         _tell_what_was_built(run, mesh, model, kernels, compiled, peak.origin)
-        journal = Journal(
-            folder.path,
-            mesh.is_first,
-            place.progress.step or -1,  # a beginning keeps nothing, not even half of the scores before the first step
-            run.total_tokens,
-            place.progress.tokens,
-            run.log.every_steps,
-        )
+        with together(mesh):
+            journal = Journal(
+                folder.path,
+                mesh.is_first,
+                place.progress.step or -1,  # a beginning keeps nothing, not even half of the scores before step 1
+                run.total_tokens,
+                place.progress.tokens,
+                run.log.every_steps,
+            )
         gate = open_gate(run, mesh, engine) if place.progress.step == 0 else None
         scores_above = scores_of_parent(run, parent) if gate and parent else {}
         saving = Saving(run.checkpoint, mesh, folder, engine.content)
@@ -180,10 +187,11 @@ class _Loop:
                 )
                 number = self.stop.signal or signal.SIGTERM
                 return Outcome(self.folder.path, place.progress.step, number, number)
-        if self.mesh.is_first:
-            # A run that was ended right after its last save has not done so.
-            self.saving.settle(place, place.ledger_before_stage)
-            self.folder.finish(place.progress.step, place.progress.tokens)
+        with together(self.mesh):
+            if self.mesh.is_first:
+                # A run that was ended right after its last save has not done so.
+                self.saving.settle(place, place.ledger_before_stage)
+                self.folder.finish(place.progress.step, place.progress.tokens)
         _log.info("finished at step %d: %s", place.progress.step, self.folder.path)
         return Outcome(self.folder.path, place.progress.step, asked=self.stop.signal)
 
@@ -374,7 +382,10 @@ class _Loop:
                 for stream, first in zip(batch.windows.stream.tolist(), batch.windows.first_token.tolist(), strict=True)
             ]
             found = {"step": progress.step + 1, "loss": str(result.loss), "grad_norm": str(result.grad_norm)}
-            self.folder.write_json(name, {**found, "windows": windows})
+            try:
+                self.folder.write_json(name, {**found, "windows": windows})
+            except OSError as error:  # the others wait for this rank below, and why the run ends must be told
+                _log.error("%s cannot be written: %s; its windows: %s", name, error.strerror, windows)
         was_made = "the update was left out" if result.skipped else "the update was made"
         raise TrainingError(
             f"step {progress.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}: not finite; {was_made} "
@@ -382,23 +393,20 @@ class _Loop:
         )
 
 
-def _prepare_folder(run: Run, folder: RunFolder, mesh: Mesh, parent: tree.Parent | None, corpora: list[Corpus]) -> None:
-    """Make the folder with `run.yaml`, `lineage.json` and the tokenizer; start this rank's log file."""
-    if mesh.is_first:
-        folder.make()
-        # First: it makes the folder a run's. What comes after is made again if the run was ended in between.
-        write_yaml(run, folder.path / "run.yaml", "Every setting of this run; cpt train FILE starts the same again.")
-        if not (folder.path / "lineage.json").is_file():
-            tree.write_lineage(folder.path, parent, run.weights)
-        tokenizer = next((corpus.tokenizer for corpus in corpora if corpus.tokenizer), run.tokenizer)
-        if tokenizer and not (folder.path / "tokenizer").is_dir():
-            aside = folder.path / "tokenizer.aside"
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-            Tokenizer.open(tokenizer).copy_to(aside)
-            aside.rename(folder.path / "tokenizer")
-    mesh.wait()
-    log_to_file(folder.path, mesh.rank)
+def _prepare_folder(run: Run, folder: RunFolder, parent: tree.Parent | None, corpora: list[Corpus]) -> None:
+    """Make the folder with `run.yaml`, `lineage.json` and the tokenizer."""
+    folder.make()
+    # First: it makes the folder a run's. What comes after is made again if the run was ended in between.
+    write_yaml(run, folder.path / "run.yaml", "Every setting of this run; cpt train FILE starts the same again.")
+    if not (folder.path / "lineage.json").is_file():
+        tree.write_lineage(folder.path, parent, run.weights)
+    tokenizer = next((corpus.tokenizer for corpus in corpora if corpus.tokenizer), run.tokenizer)
+    if tokenizer and not (folder.path / "tokenizer").is_dir():
+        aside = folder.path / "tokenizer.aside"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        Tokenizer.open(tokenizer).copy_to(aside)
+        aside.rename(folder.path / "tokenizer")
 
 
 def _tell_what_was_built(run: Run, mesh: Mesh, model: Any, kernels: switch.Kernels, compiled: str, peak: str) -> None:

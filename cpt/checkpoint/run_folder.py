@@ -18,6 +18,7 @@ from cpt.checkpoint.read import Checkpoint, find_checkpoint
 from cpt.checkpoint.write import checkpoint_folders, set_latest, step_folder
 from cpt.config import Fault
 from cpt.parallel.mesh import ALONE, Mesh
+from cpt.parallel.together import together
 
 _log = logging.getLogger(__name__)
 
@@ -88,19 +89,22 @@ class RunFolder:
 
     @contextmanager
     def taken(self, mesh: Mesh) -> Iterator[None]:
-        """Make the folder and keep other processes out of it meanwhile; Fault on all ranks if one is in it already.
+        """Make the folder and keep other processes out of it meanwhile; a Fault, which ends all ranks, if one is in it.
 
         The lock is on the folder itself, so that nothing is left behind, and ends with the process.
         """
         lock = None
         try:
-            if mesh.is_first:
-                self.make()
-                lock = os.open(self.path, os.O_RDONLY)
-            if mesh.any(lock is not None and _is_taken(lock)):
-                raise Fault(f"output = {self.path}: another process is training there; wait for it, or stop it first")
-            if mesh.any(mesh.is_first and self._seen not in (None, self._state())):
-                raise Fault(f"output = {self.path}: another process has gone on with it meanwhile; start again")
+            with together(mesh):
+                if mesh.is_first:
+                    self.make()
+                    lock = os.open(self.path, os.O_RDONLY)
+                if lock is not None and _is_taken(lock):
+                    raise Fault(
+                        f"output = {self.path}: another process is training there; wait for it, or stop it first"
+                    )
+                if mesh.is_first and self._seen not in (None, self._state()):
+                    raise Fault(f"output = {self.path}: another process has gone on with it meanwhile; start again")
             yield
         finally:
             if lock is not None:

@@ -7,8 +7,9 @@ import os
 import sys
 
 from cpt.config import Fault
-from cpt.observe.logs import log_to_terminal
+from cpt.observe.logs import keep_in_file, log_to_terminal
 from cpt.parallel.mesh import num_gpus, open_mesh
+from cpt.parallel.together import OtherRankError
 from cpt.run import read_run
 from cpt.train import TrainingError, train
 from cpt.versions import read_versions, train_versions
@@ -30,7 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
     launchers = find_launchers(os.environ)  # first of all: what has ended before cannot be missed later
     place = find_rendezvous(os.environ, arguments.local_rank, pick_free_port)
     log_to_terminal(place.rank)
-    is_everybodys = True  # all ranks find the same faults in the settings, and the first one tells
+    # All ranks find the same faults in the settings, and the first one tells; what comes later a rank may find alone.
+    is_everybodys, has_met = True, False
     try:
         plan = read_versions(arguments.settings)
         settings = plan.main if plan else read_run(arguments.settings)
@@ -47,17 +49,29 @@ def run(arguments: argparse.Namespace) -> int:
             address=place.master_address,
             port=place.master_port,
         ) as mesh:
-            is_everybodys = True
+            has_met = True
             if plan:
                 outcome = train_versions(plan, mesh, launchers.why_gone)
             else:
                 outcome = train(settings, mesh, launchers.why_gone)
     except TrainingError as error:
+        keep_in_file([str(error)])
         if place.rank == 0:  # all ranks end with the same
             print(f"cpt train: {error}", file=sys.stderr)
         return 1
-    except Fault:
-        if place.rank == 0 or not is_everybodys:
+    except OtherRankError as error:
+        keep_in_file([str(error)])
+        return error.status
+    except OSError as error:
+        if has_met:
+            keep_in_file([str(error)])
+        raise
+    except Fault as fault:
+        if has_met:
+            keep_in_file(fault.lines)
+        if place.rank == 0 or not (is_everybodys or has_met):
             raise
+        if has_met:
+            raise Fault(f"rank {place.rank}: {line}" for line in fault.lines) from None
         return 2
     return 128 + outcome.signal if outcome.signal else 0

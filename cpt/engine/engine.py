@@ -32,6 +32,7 @@ from cpt.methods import Forward, Seams
 from cpt.parallel.mesh import Mesh
 from cpt.parallel.mpu import ModelParallelUnit, is_counted, mark_parts
 from cpt.parallel.tensor import add_up_gradients
+from cpt.parallel.together import together
 from cpt.parallel.weights import MOMENTS, Masters
 from cpt.progress import Progress
 from cpt_kernels.documents import num_counting
@@ -77,13 +78,14 @@ class Engine:
     ) -> None:
         import deepspeed
 
-        faults = settings.batch.faults_on(mesh.data_size) + unfit(settings.deepspeed, mesh.tensor.size)
-        if faults:
-            raise Fault(faults)
-        if settings.precision == "fp16":
-            refuse_without_fp16(mesh.device)
-        made = deepspeed_settings(settings, mesh.data_size)
-        refuse_what_deepspeed_refuses(made)
+        with together(mesh):
+            faults = settings.batch.faults_on(mesh.data_size) + unfit(settings.deepspeed, mesh.tensor.size)
+            if faults:
+                raise Fault(faults)
+            if settings.precision == "fp16":
+                refuse_without_fp16(mesh.device)
+            made = deepspeed_settings(settings, mesh.data_size)
+            refuse_what_deepspeed_refuses(made)
         self._settings, self._mesh, self._methods = settings, mesh, tuple(methods)
         named = list(model.named_parameters())
         groups = [
@@ -273,8 +275,9 @@ class Engine:
             faults.append(
                 f"{checkpoint.folder} holds no moments to keep: an imported model has none; use optimizer_state: reset"
             )
-        if faults:
-            raise Fault(faults)
+        with together(self._mesh):
+            if faults:
+                raise Fault(faults)
         self.fill(partial(checkpoint.read, "master"))
         if with_optimizer:
             for moment in MOMENTS:

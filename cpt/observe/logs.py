@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -49,3 +50,13 @@ def log_to_file(folder: Path, rank: int) -> None:
             logger.removeHandler(old)
             old.close()
         logger.addHandler(handler)
+
+
+def keep_in_file(lines: Iterable[str]) -> None:
+    """Keep errors that the terminal learns of in another way in this rank's file, if there is one already."""
+    ours = logging.getLogger("cpt")
+    files = [handler for handler in ours.handlers if isinstance(handler, logging.FileHandler)]
+    for line in lines:
+        record = ours.makeRecord(ours.name, logging.ERROR, __file__, 0, line, (), None)
+        for file in files:
+            file.handle(record)

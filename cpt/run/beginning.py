@@ -23,6 +23,7 @@ from cpt.lineage import tree
 from cpt.models.growth import GrownWeights
 from cpt.observe.records import read_records
 from cpt.parallel.mesh import ALONE, Mesh
+from cpt.parallel.together import alike, together
 from cpt.run.reading import differences, in_full
 from cpt.run.settings import Run
 
@@ -37,14 +38,16 @@ def where_to_begin(
     run: Run, folder: RunFolder, mesh: Mesh
 ) -> tuple[Place | None, Checkpoint | None, tree.Parent | None]:
     """Place, checkpoint to load (None: initial weights) and parent; the place is None if the run is finished."""
-    folder.refuse_other_contents()
+    with together(mesh):
+        folder.refuse_other_contents()
     is_run, is_finished = folder.look(mesh)
     if is_run:
-        began = in_full(read_mapping([str(folder.path / "run.yaml")]))
-        differing = differences(began, as_mapping(run))
-        if differing:
-            way_out = f"output = {folder.path} holds another run; name another output, or set these back:"
-            raise Fault([way_out, *differing])
+        with together(mesh):
+            began = in_full(read_mapping([str(folder.path / "run.yaml")]))
+            differing = differences(began, as_mapping(run))
+            if differing:
+                way_out = f"output = {folder.path} holds another run; name another output, or set these back:"
+                raise Fault([way_out, *differing])
         old, new = began.get("batch", {}).get("windows"), run.batch.windows
         if old not in (None, new):
             _log.warning(
@@ -53,7 +56,8 @@ def where_to_begin(
         if is_finished:
             _log.info("%s is finished; nothing to do", folder.path)
             return None, None, None
-        checkpoint = folder.latest(mesh)
+        with alike(mesh):
+            checkpoint = folder.latest(mesh)
         if checkpoint:
             place = Place.from_json(checkpoint.state)
             _log.info(
@@ -63,8 +67,10 @@ def where_to_begin(
         _log.info("%s was begun but never saved; beginning again", folder.path)
     if run.parent is None:
         return Place(), None, None
-    checkpoint = checkpoint_of_parent(run, mesh)
-    place = place_of_child(run, checkpoint.state)
+    with alike(mesh):
+        checkpoint = checkpoint_of_parent(run, mesh)
+    with together(mesh):
+        place = place_of_child(run, checkpoint.state)
     from_there = checkpoint.state["progress"]
     _log.info("a child of %s at step %d", run.parent.run, from_there["step"])
     return (
