@@ -139,7 +139,7 @@ def train(run: Run, mesh: Mesh, why_orphaned: Callable[[], str | None] = lambda:
             )
         gate = open_gate(run, mesh, engine) if place.progress.step == 0 else None
         scores_above = scores_of_parent(run, parent) if gate and parent else {}
-        saving = Saving(run.checkpoint, mesh, folder, engine.content)
+        saving = Saving(run.checkpoint, mesh, folder, engine.content, journal.settle)
         saving.warn_of_little_room(run.num_bytes_of_checkpoint)
         loop = _Loop(
             run, mesh, folder, engine, journal, held_out, gate, scores_above, saving, stop, peak.flops * mesh.size,

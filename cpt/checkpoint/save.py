@@ -82,11 +82,18 @@ class Saver:
         return self._pending is not None
 
     def begin(
-        self, folder: Path, content: Content, then: Callable[[], None] = lambda: None, *, copies: bool
+        self,
+        folder: Path,
+        content: Content,
+        then: Callable[[], None] = lambda: None,
+        *,
+        copies: bool,
+        before: Callable[[], None] = lambda: None,
     ) -> Ended | None:
         """Let the checkpoint `folder` be written; None, or why that could not even begin.
 
-        `then` is called by the first rank's thread when the folder is in place, before the save counts as ended.
+        `before` is called on every rank; nothing is written if it raises OSError. `then` is called by the first rank's
+        thread when the folder is in place, before the save counts as ended.
         If it `copies`, values may change at once; else the caller must `wait` first, and no memory is taken.
         """
         assert self._pending is None, "one save at a time"
@@ -94,6 +101,7 @@ class Saver:
         num_bytes = self._total(part.layout.num_bytes)
         made: Future = Future()
         try:
+            before()
             made.set_result(make_anew(aside, num_bytes) if self._mesh.is_first else None)
         except OSError as error:
             made.set_exception(error)

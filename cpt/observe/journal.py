@@ -40,6 +40,11 @@ class Journal:
         """Steps whose evaluation stands in `scores.jsonl` from before; empty on all but the first rank."""
         return {record["step"] for record in self._files["scores"].kept} if self._files else set()
 
+    def settle(self) -> None:
+        """Return when every line told so far is in its file; raises OSError if the disk does not take them."""
+        for file in self._files.values():
+            file.settle()
+
     def step(self, record: dict[str, Any], num_tokens: int) -> None:
         """Tell one step; `num_tokens` were trained on in it."""
         if not self._files:

@@ -22,6 +22,14 @@ class _AboveTheBar(logging.Handler):
             self.handleError(record)
 
 
+class _OnDisk(logging.FileHandler):
+    """Writes lines to a file; while the disk is full they wait in memory, and nothing else is said about it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def log_to_terminal(rank: int = 0) -> None:
     """Show lines on standard error: everything from info on of the first rank, warnings of the others.
 
@@ -42,7 +50,7 @@ def log_to_file(folder: Path, rank: int) -> None:
     From here on they go to this file and no longer to that of a run before in the same process.
     """
     (folder / "logs").mkdir(exist_ok=True)
-    handler = logging.FileHandler(folder / "logs" / f"rank-{rank:05d}.log", encoding="utf-8")
+    handler = _OnDisk(folder / "logs" / f"rank-{rank:05d}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     for name in ("cpt", "py.warnings"):
         logger = logging.getLogger(name)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+_log = logging.getLogger(__name__)
 
 
 class Records:
     """Appends one JSON object a line, each flushed at once. `keep_until_step`: on opening, later lines are dropped.
 
     A run that goes on from a checkpoint drops what was written after it, so that each step stands there once.
+
+    What the disk does not take is kept in memory and written with the next line: a full disk ends no run.
     """
 
     def __init__(self, path: Path, keep_until_step: int) -> None:
@@ -20,14 +25,39 @@ class Records:
         aside.write_text("".join(_as_line(record) for record in kept), encoding="utf-8")
         aside.replace(path)
         self.kept = kept
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._path = path
+        self._file = path.open("ab", buffering=0)  # how much of a line the disk took must be known
+        self._left = bytearray()
+        self._has_warned = False
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line; `record` has a `step`."""
-        self._file.write(_as_line(record))
+        """Append one line; `record` has a `step`. If the disk does not take it, that is told once."""
+        self._left += _as_line(record).encode()
+        try:
+            self.settle()
+        except OSError as error:
+            if not self._has_warned:
+                told = "%s: %s; its lines are kept in memory, and no checkpoint is saved until they are written"
+                _log.warning(told, self._path, error.strerror)
+            self._has_warned = True
+
+    def settle(self) -> None:
+        """Write what is left; raises OSError if the disk does not take all of it."""
+        try:
+            while self._left:
+                del self._left[: self._file.write(self._left)]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        if self._has_warned:
+            _log.info("%s: all lines are written again", self._path)
+        self._has_warned = False  # a disk that fills up again is told again
 
     def close(self) -> None:
-        """Close the file; nothing is lost without it."""
+        """Close the file; nothing is lost without it but what the disk does not take."""
+        try:
+            self.settle()
+        except OSError as error:
+            _log.error("%s: %s: its last lines are lost; the run makes those steps again", self._path, error.strerror)
         self._file.close()
 
 

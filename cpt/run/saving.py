@@ -23,6 +23,8 @@ _log = logging.getLogger(__name__)
 class Saving:
     """The saves of one run. `content(state)` gives what a checkpoint holds now, as views; every rank has its own.
 
+    `settle_lines()` writes the lines of the steps so far, which a checkpoint must not be without; OSError if it cannot.
+
     Every method but `is_asked_by_clock` and `close` is collective.
     """
 
@@ -32,7 +34,9 @@ class Saving:
         mesh: Mesh,
         folder: RunFolder,
         content: Callable[[dict[str, Any]], Content],
+        settle_lines: Callable[[], None] = lambda: None,
     ) -> None:
+        self._settle_lines = settle_lines
         self._settings, self._mesh, self._folder, self._content = settings, mesh, folder, content
         self._saver = Saver(mesh)
         self._began = time.monotonic()  # of the last save, of any kind
@@ -119,7 +123,8 @@ class Saving:
         mark = keep.TEMPORARY if is_temporary else keep.FOR_EVER if self._is_for_ever(place.progress) else None
         content = self._content(keep.marked(place.as_json(ledger), mark))
         target = self._folder.checkpoint_at(place.progress.step)
-        return self._saver.begin(target, content, lambda: self.settle(place, ledger), copies=copies)
+        then, before = (lambda: self.settle(place, ledger)), self._settle_lines
+        return self._saver.begin(target, content, then, copies=copies, before=before)
 
     def _is_for_ever(self, progress: Progress) -> bool:
         return self._settings.keeps_for_ever(progress)

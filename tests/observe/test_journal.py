@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import resource
 
 from cpt.observe.journal import Journal
 from cpt.observe.logs import log_to_file, log_to_terminal
@@ -160,3 +161,18 @@ def test_warnings_of_libraries_are_kept_in_the_file(tmp_path, capsys):
     log_to_file(tmp_path, 0)
     logging.getLogger("py.warnings").warning("a library warns")
     assert "a library warns" in (tmp_path / "logs/rank-00000.log").read_text()
+
+
+def test_a_log_file_on_a_full_disk_says_nothing_and_has_all_lines_later(tmp_path, capsys):
+    log_to_file(tmp_path, 0)
+    told, before = logging.getLogger("cpt.x"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        told.warning("one")
+        told.warning("two")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    told.warning("three")
+    lines = (tmp_path / "logs/rank-00000.log").read_text().splitlines()
+    assert [line.split()[-1] for line in lines] == ["one", "two", "three"]
+    assert "Logging error" not in capsys.readouterr().err

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -52,3 +56,42 @@ def test_numbers_survive_exactly(tmp_path):
     record = {"step": 1, "loss": 0.1 + 0.2, "rate": 3e-05, "none": None}
     Records(tmp_path / "m.jsonl", 0).write(record)
     assert list(read_records(tmp_path / "m.jsonl")) == [record]
+
+
+@contextmanager
+def no_file_beyond(num_bytes: int) -> Iterator[None]:
+    """As on a full disk: a write stops there, in the midst of a line, and the next one fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_lines_that_the_disk_does_not_take_are_told_once_and_written_when_it_does(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    records = Records(path, 0)
+    with caplog.at_level(logging.INFO, "cpt"):
+        records.write({"step": 1})
+        with no_file_beyond(17):
+            records.write({"step": 2})
+            records.write({"step": 3})
+            assert path.read_text() == '{"step": 1}\n{"ste' and list(read_records(path)) == [{"step": 1}]
+            with pytest.raises(OSError, match="File too large") as raised:
+                records.settle()
+            assert raised.value.filename == str(path)
+        records.write({"step": 4})
+        records.settle()
+    assert [record["step"] for record in read_records(path)] == [1, 2, 3, 4]
+    assert len(caplog.messages) == 2
+    assert caplog.messages[0].startswith(f"{path}: File too large; its lines are kept in memory")
+    assert caplog.messages[1] == f"{path}: all lines are written again"
+
+
+def test_lines_that_the_disk_never_takes_are_told_at_the_end(tmp_path, caplog):
+    records = Records(tmp_path / "metrics.jsonl", 0)
+    with no_file_beyond(5):
+        records.write({"step": 1})
+        records.close()
+    assert caplog.messages[-1].endswith("its last lines are lost; the run makes those steps again")

@@ -207,3 +207,62 @@ def test_a_loss_that_is_not_finite_names_the_checkpoint_that_was_still_being_wri
 
     ((status, told),) = runs.cpt("train", config, before=spoil)
     assert status == 1 and "The checkpoint at step 5 is whole; go on from it" in told.splitlines()[-1]
+
+
+class FullDisk:
+    """Takes a few bytes more of a file, and then nothing."""
+
+    def __init__(self, file) -> None:
+        self.file, self._room = file, 7
+
+    def write(self, data: bytes) -> int:
+        if not self._room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken, self._room = self.file.write(data[: self._room]), 0
+        return taken
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def full_disk_between(first: int, last: int) -> Callable[[], None]:
+    """For `before`: from step `first` to `last` the disk does not take the lines of the first rank."""
+
+    def patch() -> None:
+        from cpt.observe.journal import Journal
+
+        tell = Journal.step
+
+        def tell_on_full_disk(journal, record, num_tokens):
+            for records in journal._files.values():
+                if record["step"] == first:
+                    records._file = FullDisk(records._file)
+                if record["step"] == last:
+                    records._file = records._file.file
+            tell(journal, record, num_tokens)
+
+        Journal.step = tell_on_full_disk
+
+    return patch
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_holds_back_lines_and_saves_and_the_run_ends_as_if_it_had_not_been_full(config, tmp_path, ranks):
+    run = tmp_path / "run"
+    told = runs.trained(config, before=full_disk_between(8, 14), ranks=ranks)
+    assert told.count("metrics.jsonl: No space left on device; its lines are kept in memory") == 1
+    assert f"step-00000010 could not be written: rank 0: {run}/metrics.jsonl: No space left on device" in told
+    assert set(failures_in(run).values()) == {1, 2}
+    runs.trained(config, f"output={tmp_path / 'unbroken'}", ranks=ranks)
+    assert_same_but_for_failures(run, tmp_path / "unbroken")
+
+
+def test_a_disk_that_is_full_to_the_end_ends_the_run_with_a_line_and_it_can_go_on(config, tmp_path):
+    run = tmp_path / "run"
+    ended = runs.cpt("train", config, ranks=2, before=full_disk_between(21, 99), seconds=40)
+    assert [status for status, _ in ended] == [1, 1]
+    assert "step-00000024 could not be written" in ended[0][1].splitlines()[-1]
+    assert not (run / "finished.json").exists()
+    runs.trained(config, ranks=2)
+    runs.trained(config, f"output={tmp_path / 'unbroken'}", ranks=2)
+    assert_same_but_for_failures(run, tmp_path / "unbroken")
