@@ -175,6 +175,7 @@ class _Loop:
             self._hold_against_parent(self._score(place.progress, "start", stage_end=False))
             self._warm(place)
         else:
+            self._score_what_is_due(place.progress)
             self._refuse_what_was_forgotten(place.progress.step)
         for stage in self.run.stages[place.progress.stage :]:
             order = order_of(self.run, place)
@@ -187,7 +188,10 @@ class _Loop:
                 )
                 number = self.stop.signal or signal.SIGTERM
                 return Outcome(self.folder.path, place.progress.step, number, number)
+        self._score_what_is_due(place.progress)
+        self._refuse_what_was_forgotten(place.progress.step)
         with together(self.mesh):
+            self.journal.settle()
             if self.mesh.is_first:
                 # A run that was ended right after its last save has not done so.
                 self.saving.settle(place, place.ledger_before_stage)
@@ -224,7 +228,8 @@ class _Loop:
             if is_last:
                 self.engine.end_stage(place.progress)
             has_forgotten = False
-            if is_last or place.progress.crosses(run.evaluation.every_tokens):
+            # Who asked to stop may not wait long: save first. What is due is scored when the run goes on from there.
+            if not result.stop_asked and (is_last or place.progress.crosses(run.evaluation.every_tokens)):
                 self._score(place.progress, stage.name, stage_end=is_last)
                 has_forgotten = self._has_forgotten(place.progress.step)
             ledger = order.ledger_after(first_slot + num_windows)
@@ -325,10 +330,24 @@ class _Loop:
             {"step": progress.step, "windows": progress.tokens // self.run.sequence_length, "chain": place.chain}
         )
 
+    def _score_what_is_due(self, progress: Progress) -> None:
+        """Score what a stop, or an end in mid-evaluation, left out at the place of a checkpoint."""
+        is_stage_end = progress.stage_tokens == 0
+        if progress.step == 0 or not (is_stage_end or progress.crosses(self.run.evaluation.every_tokens)):
+            return
+        index = progress.stage - is_stage_end
+        self.engine.use_model_settings(self.run.model_of(index))
+        self._score(progress, self.run.stages[index].name, is_stage_end)
+
     def _score(self, progress: Progress, stage: str, stage_end: bool) -> list[dict[str, Any]]:
-        """Score all held-out sources; the answers are the same on all ranks, the first one writes them."""
+        """Score the held-out sources that are not scored at this step yet; the first rank writes the answers.
+
+        They are the same on all ranks.
+        """
         records = []
         for name, held_out in self.held_out.items():
+            if self.mesh.any(self.journal.has_scored(progress.step, name)):
+                continue
             started = time.perf_counter()
             score = held_out.score(self.engine.token_losses, self.mesh, self.run.evaluation.micro_batch)
             records.append(
@@ -346,7 +365,7 @@ class _Loop:
                     "evaluation_seconds": round(time.perf_counter() - started, 6),
                 }
             )
-        if records and progress.step not in self.journal.scored_steps:
+        if records:
             self.journal.scores(records)
         if records and stage_end and self.mesh.is_first:
             for line in lines_about(read_history(self.folder.path)):

@@ -31,14 +31,14 @@ class Journal:
         self._has_bar = is_first and sys.stderr.isatty()
         if is_first:
             self._files = {n: Records(folder / f"{n}.jsonl", keep_until_step) for n in ("metrics", "scores", "order")}
+        self._scored = {(r["step"], r["source"]) for r in self._files["scores"].kept} if is_first else set()
         self._bar = tqdm(
             total=total_tokens, initial=tokens_done, unit="tok", unit_scale=True, disable=not self._has_bar, leave=False
         )
 
-    @property
-    def scored_steps(self) -> set[int]:
-        """Steps whose evaluation stands in `scores.jsonl` from before; empty on all but the first rank."""
-        return {record["step"] for record in self._files["scores"].kept} if self._files else set()
+    def has_scored(self, step: int, source: str) -> bool:
+        """Whether the score of a source at that step stands in `scores.jsonl`; False on all but the first rank."""
+        return (step, source) in self._scored
 
     def settle(self) -> None:
         """Return when every line told so far is in its file; raises OSError if the disk does not take them."""
@@ -66,6 +66,7 @@ class Journal:
             return
         for record in records:
             self._files["scores"].write(record)
+            self._scored.add((record["step"], record["source"]))
         told = "  ".join(f"{r['source']} {r['loss']:.4f}{_more_or_less(r)}" for r in records)
         seconds = sum(record.get("evaluation_seconds", 0.0) for record in records)
         _log.info("held out at step %d: %s (in %.1f s)", records[0]["step"], told, seconds)

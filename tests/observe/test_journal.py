@@ -54,7 +54,7 @@ def test_an_evaluation_is_one_line_and_a_record_a_source(tmp_path, caplog):
         journal.scores(SCORES)
     assert caplog.messages == [TOLD]
     assert list(read_records(tmp_path / "scores.jsonl")) == SCORES
-    assert journal.scored_steps == set()
+    assert journal.has_scored(3, "code") and not journal.has_scored(2, "code") and not journal.has_scored(3, "law")
 
 
 def test_going_on_keeps_what_was_before_and_knows_what_was_scored(tmp_path):
@@ -65,7 +65,7 @@ def test_going_on_keeps_what_was_before_and_knows_what_was_scored(tmp_path):
         before.scores([{**SCORES[0], "step": step}])
     before.close()
     after = journal_in(tmp_path, keep_until_step=2)
-    assert after.scored_steps == {1, 2}
+    assert [after.has_scored(step, "prose") for step in (1, 2, 3)] == [True, True, False]
     for name in ("metrics", "scores", "order"):
         assert [record["step"] for record in read_records(tmp_path / f"{name}.jsonl")] == [1, 2]
 
@@ -77,7 +77,7 @@ def test_other_ranks_write_and_tell_nothing(tmp_path, caplog):
         journal.scores(SCORES)
         journal.order({"step": 1})
         journal.close()
-    assert journal.scored_steps == set()
+    assert not journal.has_scored(3, "prose")
     assert caplog.messages == []
     assert list(tmp_path.iterdir()) == []
 

@@ -153,6 +153,50 @@ def test_gone_on_with_on_another_mesh_the_windows_are_the_same_and_the_losses_to
         assert {**mine, **rounded} == {**other, **rounded}
 
 
+@pytest.mark.parametrize(("step", "ranks"), [(19, 1), (FIRST - 1, 2), (FIRST + SECOND - 1, 1)])
+def test_a_stop_where_an_evaluation_is_due_saves_first_and_the_evaluation_is_made_once_on_going_on(
+    config, unbroken, tmp_path, step, ranks
+):
+    """In mid-stage, at a stage's end, at the run's; killed as soon as the checkpoint stands, or in that evaluation."""
+    run = tmp_path / "run"
+
+    def killed_in_evaluation(num_scored: int) -> None:
+        from cpt.train import _Loop
+
+        score = _Loop._score
+
+        def score_or_die(loop, progress, *others, **named):
+            if progress.step == step + 1:
+                loop.held_out = dict(list(loop.held_out.items())[:num_scored])
+                score(loop, progress, *others, **named)
+                os._exit(9)
+            return score(loop, progress, *others, **named)
+
+        _Loop._score = score_or_die
+
+    def stop_and_die() -> None:
+        runs.ask_to_stop_at(step)()
+        killed_in_evaluation(0)
+
+    if step + 1 == FIRST + SECOND:  # the run ends there, so that the evaluation comes in this process, but last
+        with pytest.raises(RankError, match=r"ended with \[9\]"):
+            runs.cpt("train", config, f"output={run}", before=stop_and_die)
+    else:
+        ended = runs.cpt("train", config, f"output={run}", before=stop_and_die, ranks=ranks)
+        assert [status for status, _ in ended] == [143] * ranks
+    assert find_checkpoint(run / "checkpoints").state["progress"]["step"] == step + 1
+    assert step + 1 not in {record["step"] for record in runs.lines(run / "scores.jsonl")}
+    if ranks == 1:
+        with pytest.raises(RankError, match=r"ended with \[9\]"):
+            runs.cpt("train", config, f"output={run}", before=lambda: killed_in_evaluation(1))
+    runs.trained(config, f"output={run}", ranks=ranks)
+    names = ("step", "source", "stage", "stage_end")
+    found, expected = ([[r[name] for name in names] for r in s["scores"]] for s in (runs.story(run), unbroken))
+    assert found == expected
+    if ranks == 1:
+        runs.assert_same_but_for_checkpoints(runs.story(run), unbroken)
+
+
 # ---- an end at every point where something is written
 
 
