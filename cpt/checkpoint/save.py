@@ -29,18 +29,26 @@ from cpt.tensor_writer import fill, memory_for
 
 _log = logging.getLogger(__name__)
 
-_PENDING, _DONE, _FAILED = range(3)
+_PENDING, _DONE, _FAILED, _UNSETTLED = range(4)  # unsettled: it is there, what follows a save has failed
 # Of what a rank that failed tells the others.
 _MESSAGE_BYTES = 1024
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A save that has ended after `seconds`. `failure`: rank, file and what the disk said; None if it stands."""
+    """A save that has ended after `seconds`. `failure`: rank, file and what the disk said; None if it stands.
+
+    `is_there`: the checkpoint is; with a failure, one of what follows when it has appeared.
+    """
 
     folder: Path
     seconds: float
     failure: str | None = None
+    is_there: bool = False
+
+
+class _NotSettledError(Exception):
+    """What follows a save has failed; the cause says how."""
 
 
 @dataclass
@@ -124,12 +132,13 @@ class Saver:
         of_ranks = self._agree(pending.work)
         if _PENDING in of_ranks:
             return None
-        if _FAILED in of_ranks or pending.is_joining:
-            failure = self._message(of_ranks, pending.work) if _FAILED in of_ranks else None
+        has_failed = max(of_ranks) >= _FAILED
+        if has_failed or pending.is_joining:
+            failure = self._message(of_ranks, pending.work) if has_failed else None
             if failure and self._mesh.is_first:
                 shutil.rmtree(aside_of(pending.folder), ignore_errors=True)
             self._pending = None
-            return Ended(pending.folder, time.perf_counter() - pending.began, failure)
+            return Ended(pending.folder, time.perf_counter() - pending.began, failure, _FAILED not in of_ranks)
         pending.is_joining, pending.work = True, Future()
         if self._mesh.is_first:
             pending.work = self._thread.submit(self._join, pending)
@@ -147,7 +156,10 @@ class Saver:
 
     def _join(self, pending: _Pending) -> None:
         join_parts(aside_of(pending.folder), pending.folder, pending.state, self._mesh.size)
-        pending.then()
+        try:
+            pending.then()
+        except Exception as error:  # whatever it is, the checkpoint is there
+            raise _NotSettledError from error
 
     def _image(self, part: Part) -> torch.Tensor:
         """The part's file as its tensors are now, in host memory."""
@@ -164,15 +176,18 @@ class Saver:
         return int(self._mesh.sum(torch.tensor(number, dtype=torch.int64, device=self._mesh.device)))
 
     def _agree(self, work: Future) -> list[int]:
-        """Of every rank's work: pending, done or failed."""
-        here = (_FAILED if work.exception() else _DONE) if work.done() else _PENDING
+        """Of every rank's work: pending, done, failed or unsettled."""
+        here = _PENDING
+        if work.done():
+            error = work.exception()
+            here = _UNSETTLED if isinstance(error, _NotSettledError) else _FAILED if error else _DONE
         of_ranks = torch.zeros(self._mesh.size, dtype=torch.int64, device=self._mesh.device)
         of_ranks[self._mesh.rank] = here
         return self._mesh.sum(of_ranks).tolist()
 
     def _message(self, of_ranks: list[int], work: Future) -> str:
         """What the first of the ranks that failed has to tell, on all of them."""
-        rank = of_ranks.index(_FAILED)
+        rank = next(rank for rank, state in enumerate(of_ranks) if state >= _FAILED)
         text = torch.zeros(_MESSAGE_BYTES, dtype=torch.int32, device=self._mesh.device)
         if self._mesh.rank == rank:
             raw = _told(work.exception()).encode()[:_MESSAGE_BYTES]
@@ -195,7 +210,9 @@ def write_checkpoint(folder: Path, content: Content, mesh: Mesh) -> None:
 
 def _told(error: BaseException) -> str:
     """`FILE: No space left on device`; what no disk said is told with its traceback in this rank's log."""
+    if isinstance(error, _NotSettledError):
+        error = error.__cause__
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-    _log.error("a checkpoint could not be written", exc_info=error)
+    _log.error("a save has failed", exc_info=error)
     return f"{type(error).__name__}: {error}"

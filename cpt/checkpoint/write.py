@@ -181,10 +181,22 @@ def join_parts(aside: Path, folder: Path, state: Mapping[str, Any], num_parts: i
     for name in ("index.json", "state.json", "checksums.json"):
         _to_disk(aside / name)
     _to_disk(aside)
-    if folder.exists():
-        shutil.rmtree(folder)
-    aside.replace(folder)
+    _put_in_place(aside, folder)
     _to_disk(folder.parent)
+
+
+def _put_in_place(aside: Path, folder: Path) -> None:
+    """Rename `aside` to `folder`; one that is there goes afterwards, because it may be the newest whole one."""
+    old = aside.with_name(f".{folder.name}.old.aside")
+    if folder.exists():
+        folder.replace(old)
+    try:
+        aside.replace(folder)
+    except OSError:
+        if old.exists():
+            old.replace(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def set_latest(checkpoints: Path, folder: Path) -> None:

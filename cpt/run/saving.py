@@ -140,6 +140,8 @@ class Saving:
         stands = self._folder.checkpoints / "latest"
         standing = f"{stands.read_text(encoding='utf-8').strip()} stands" if stands.is_file() else "none stands so far"
         told = f"{ended.folder} could not be written: {ended.failure}; of the checkpoints before, {standing}"
+        if ended.is_there:
+            told = f"{ended.folder} is written, but latest, older checkpoints or ledger.json are not: {ended.failure}"
         if self._mesh.is_first:
             _log.error("%s", told)
         return told

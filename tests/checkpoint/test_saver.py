@@ -7,7 +7,9 @@ import os
 import resource
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -225,3 +227,47 @@ def test_what_was_closed_before_it_ended_never_appears_and_the_next_save_clears_
 
     assert on_ranks(1, work)[0] == [".step-1.aside"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-2"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EACCES, "Permission denied", "latest"), ValueError("not in list")])
+def test_what_fails_after_it_has_appeared_is_told_apart_on_all_ranks(tmp_path, error):
+    def work(mesh):
+        def fail():
+            raise error
+
+        with Saver(mesh) as saver:
+            saver.begin(tmp_path / "step-1", content(mesh, 1), fail, copies=True)
+            ended = saver.wait()
+            saver.begin(tmp_path / "step-2", content(mesh, 2), copies=True)
+            assert saver.wait() == replace(ended, folder=tmp_path / "step-2", seconds=ANY, failure=None, is_there=True)
+            return ended.is_there, ended.failure
+
+    told = "latest: Permission denied" if isinstance(error, OSError) else "ValueError: not in list"
+    assert on_ranks(2, work, seconds=40) == [(True, f"rank 0: {told}")] * 2
+    assert_holds(tmp_path / "step-1", 2, 1)
+
+
+def test_one_of_the_same_name_goes_only_when_the_new_one_is_in_its_place(tmp_path, monkeypatch):
+    def work(mesh):
+        really = Path.replace
+
+        def refuse(path, target):
+            if path.name == ".step-1.aside":
+                raise OSError(errno.EIO, "Input/output error", str(path))
+            return really(path, target)
+
+        with Saver(mesh) as saver:
+            saver.begin(tmp_path / "step-1", content(mesh, 1), copies=False)
+            assert saver.wait().failure is None
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "replace", refuse)
+                saver.begin(tmp_path / "step-1", content(mesh, 2), copies=False)
+                ended = saver.wait()
+            assert "Input/output error" in ended.failure and not ended.is_there
+            assert_holds(tmp_path / "step-1", 1, 1)
+            saver.begin(tmp_path / "step-1", content(mesh, 3), copies=False)
+            assert saver.wait().failure is None
+
+    on_ranks(1, work)
+    assert_holds(tmp_path / "step-1", 1, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]

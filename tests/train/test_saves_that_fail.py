@@ -109,6 +109,32 @@ def test_the_last_save_is_tried_once_more(config, tmp_path):
     assert find_checkpoint(tmp_path / "run" / "checkpoints").state["progress"]["step"] == 24
 
 
+@pytest.mark.parametrize("step", [10, 24])
+def test_a_checkpoint_that_stands_but_is_not_settled_is_told_as_such(config, tmp_path, step):
+    def refuse_latest_once() -> None:
+        from cpt.checkpoint import run_folder
+
+        really, left = run_folder.set_latest, [1]
+
+        def set_latest(checkpoints, folder):
+            if folder.name == f"step-{step:08d}" and left[0]:
+                left[0] -= 1
+                raise OSError(errno.EACCES, "Permission denied", f"{checkpoints}/latest")
+            really(checkpoints, folder)
+
+        run_folder.set_latest = set_latest
+
+    told = runs.trained(config, before=refuse_latest_once, ranks=2)
+    run = tmp_path / "run"
+    assert f"step-{step:08d} is written, but latest, older checkpoints or ledger.json" in told
+    assert f"rank 0: {run}/checkpoints/latest: Permission denied" in told and "could not be written" not in told
+    assert (run / "finished.json").is_file()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "latest", *(f"step-{number:08d}" for number in (5, 10, 12, 15, 20, 24)),
+    ]  # fmt: skip
+    assert find_checkpoint(run / "checkpoints").state["progress"]["step"] == 24
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_last_save_that_fails_twice_ends_the_run_on_all_ranks_with_a_line_and_it_can_go_on(config, tmp_path, stopped):
     run, last = tmp_path / "run", 18 if stopped else 24
