@@ -7,11 +7,14 @@ The library writes only what is in memory as a whole.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import logging
 import math
 import mmap
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+_log = logging.getLogger(__name__)
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
@@ -170,9 +175,33 @@ class Writer:
 
 
 def memory_for(num_bytes: int, is_pinned: bool = False) -> Tensor:
-    """Memory for a whole file, uint8, that the disk can take it from: it begins and ends where a disk's block may."""
-    raw = torch.empty(_rounded(num_bytes) + _DISK_BLOCK, dtype=torch.uint8, pin_memory=is_pinned)
-    return raw[-raw.data_ptr() % _DISK_BLOCK :][: _rounded(num_bytes)]
+    """Memory for a whole file, uint8, that the disk can take it from: it begins and ends where a disk's block may.
+
+    `is_pinned`: for a GPU; where the system does not allow that much, a warning, and it is as any other.
+    """
+    whole = np.empty(_rounded(num_bytes) + _DISK_BLOCK, dtype=np.uint8)
+    memory = torch.from_numpy(whole[-whole.ctypes.data % _DISK_BLOCK :][: _rounded(num_bytes)])
+    if is_pinned:
+        _pin(memory, whole)
+    return memory
+
+
+def _pin(memory: Tensor, owner: np.ndarray) -> None:
+    """Pin `memory` where it is until `owner`, which it lies in, is freed.
+
+    Not torch's pin_memory: its allocator takes the next power of two, up to twice as much, and never gives it back.
+    """
+    address, runtime = memory.data_ptr(), torch.cuda.cudart()
+    error = int(runtime.cudaHostRegister(address, len(memory), 0))
+    if not error:
+        weakref.finalize(owner, runtime.cudaHostUnregister, address)
+        return
+    _log.warning(
+        "%.1f GB of host memory could not be pinned (CUDA error %d); copies of the GPU's memory are slower",
+        len(memory) / 1e9, error,
+    )  # fmt: skip
+    with contextlib.suppress(RuntimeError):  # CUDA would tell the error once more, to whoever comes next
+        torch.ones((), device="cuda")
 
 
 def fill(memory: Tensor, layout: Layout, tensors: Mapping[str, Tensor]) -> None:

@@ -118,7 +118,7 @@ class Saver:
             return Ended(folder, time.perf_counter() - began, self._message(of_ranks, made))
         try:
             written = self._thread.submit(part.write, aside, self._image(part) if copies else None)
-        except RuntimeError as error:  # no memory for the copy
+        except (MemoryError, RuntimeError) as error:  # no memory for the copy
             written = Future()
             written.set_exception(error)
         self._pending = _Pending(folder, content.state, then, written, began=began)

@@ -116,8 +116,17 @@ def refuse_copy(patch, tmp_path: Path) -> str:
     return "can't allocate memory"
 
 
+def refuse_memory(patch, tmp_path: Path) -> str:
+    def fail(*_):
+        raise MemoryError("Unable to allocate 2.00 TiB for an array")
+
+    patch.setattr(save, "memory_for", fail)
+    patch.setattr(save, "fill", fail)  # the memory of the save before would do
+    return "MemoryError: Unable to allocate"
+
+
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("harm", [fill_disk, limit_files, lose_memory, refuse_copy])
+@pytest.mark.parametrize("harm", [fill_disk, limit_files, lose_memory, refuse_copy, refuse_memory])
 def test_a_rank_that_fails_is_told_to_all_and_the_one_before_stands(tmp_path, monkeypatch, harm, rank):
     def work(mesh):
         with Saver(mesh) as saver:

@@ -171,3 +171,40 @@ def test_values_that_are_no_numbers_are_counted(dtype):
     assert readers.count_not_finite(values) == 0 == readers.count_not_finite(values[:0])
     values[[3, 7, 1999]] = torch.tensor([math.nan, math.inf, -math.inf], dtype=dtype)
     assert readers.count_not_finite(values) == 3
+
+
+class Runtime:
+    """Of a GPU that there is not: what is pinned."""
+
+    def __init__(self, error: int = 0) -> None:
+        self.error, self.pinned = error, {}
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:  # noqa: N802 (CUDA's name)
+        if not self.error:
+            self.pinned[address] = num_bytes
+        return self.error
+
+    def cudaHostUnregister(self, address: int) -> None:  # noqa: N802 (CUDA's name)
+        del self.pinned[address]
+
+
+def test_memory_is_pinned_in_its_own_size_until_the_last_view_of_it_is_gone(monkeypatch):
+    runtime = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    memory = memory_for(9000, is_pinned=True)
+    assert runtime.pinned == {memory.data_ptr(): 12288} and memory.data_ptr() % 4096 == 0
+    view = memory[5000:].view(torch.bfloat16)
+    del memory
+    assert runtime.pinned
+    del view
+    assert runtime.pinned == {}
+
+
+def test_memory_that_cannot_be_pinned_serves_as_it_is_with_a_warning(monkeypatch, caplog):
+    def told_again(*_, **named):
+        raise RuntimeError(f"CUDA error: out of memory, on {named['device']}")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime(error=2))
+    monkeypatch.setattr(torch, "ones", told_again)
+    assert len(memory_for(9000, is_pinned=True).fill_(7)) == 12288
+    assert "0.0 GB of host memory could not be pinned (CUDA error 2); copies" in caplog.text
