@@ -46,7 +46,7 @@ from cpt.observe.signals import StopRequest, listening_for_stop
 from cpt.observe.speed import find_peak
 from cpt.parallel.mesh import Mesh
 from cpt.parallel.seeds import seed_step
-from cpt.parallel.together import together
+from cpt.parallel.together import alike, together
 from cpt.progress import Progress
 from cpt.run import Run, Stage
 from cpt.run.beginning import TrainingError, open_gate, scores_of_parent, weights_of_folder, where_to_begin
@@ -99,15 +99,18 @@ def train(run: Run, mesh: Mesh, why_orphaned: Callable[[], str | None] = lambda:
     model = make_model()
     is_gathered, is_within_documents = run.zero == 3, run.is_within_documents
     compiled = prepare_blocks(model, run.recompute, run.compile, is_gathered, is_within_documents)
-    engine = Engine(
-        model,
-        run.engine,
-        mesh,
-        [build(settings, "Method") for settings in run.methods],
-        lambda groups: kernels.adamw(groups, 0.0, (run.optimizer.beta1, run.optimizer.beta2), run.optimizer.epsilon),
-        decays=model.decays,
-        make_model=make_model,
-    )
+    with alike(mesh):
+        engine = Engine(
+            model,
+            run.engine,
+            mesh,
+            [build(settings, "Method") for settings in run.methods],
+            lambda groups: kernels.adamw(
+                groups, 0.0, (run.optimizer.beta1, run.optimizer.beta2), run.optimizer.epsilon
+            ),
+            decays=model.decays,
+            make_model=make_model,
+        )
     if checkpoint is not None:
         is_resumed = parent is None or place.progress.step > 0
         keeps_moments = is_resumed or run.optimizer_state == "keep"

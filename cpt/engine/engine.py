@@ -78,14 +78,13 @@ class Engine:
     ) -> None:
         import deepspeed
 
-        with together(mesh):
-            faults = settings.batch.faults_on(mesh.data_size) + unfit(settings.deepspeed, mesh.tensor.size)
-            if faults:
-                raise Fault(faults)
-            if settings.precision == "fp16":
-                refuse_without_fp16(mesh.device)
-            made = deepspeed_settings(settings, mesh.data_size)
-            refuse_what_deepspeed_refuses(made)
+        faults = settings.batch.faults_on(mesh.data_size) + unfit(settings.deepspeed, mesh.tensor.size)
+        if faults:
+            raise Fault(faults)
+        if settings.precision == "fp16":
+            refuse_without_fp16(mesh.device)
+        made = deepspeed_settings(settings, mesh.data_size)
+        refuse_what_deepspeed_refuses(made)
         self._settings, self._mesh, self._methods = settings, mesh, tuple(methods)
         named = list(model.named_parameters())
         groups = [
