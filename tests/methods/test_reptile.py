@@ -110,7 +110,7 @@ def test_losses_masters_and_displacements_equal_those_of_the_unsharded_computati
         assert_near(tiny.join([fragments for _, _, fragments in of_ranks]), expected["masters"])
 
 
-MESHES = [(2, {"tensor": 2}, (0, 1, 2, 3)), (2, {"pipeline": 2}, (0, 1)), (4, {}, (1, 3)), (2, {"sequence": 2}, (1,)),
+MESHES = [(2, {"tensor": 2}, (0, 1, 3)), (2, {"pipeline": 2}, (0, 1)), (4, {}, (3,)), (2, {"sequence": 2}, (2,)),
           (4, {"pipeline": 2, "tensor": 2}, (1,))]  # fmt: skip
 
 
