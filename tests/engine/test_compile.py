@@ -120,6 +120,7 @@ def assert_equal_and_compiled_once(plain: dict, compiled: dict, zero: int, docum
     assert compiled["graphs"] == 2 or (2 < compiled["graphs"] <= 8 and (documents or zero == 3))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_losses_norms_scores_and_weights_are_those_without_compiling(trained, case):
     assert_equal_and_compiled_once(*trained[case], case[3], case[6])

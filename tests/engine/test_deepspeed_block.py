@@ -235,14 +235,16 @@ def passed_through() -> list:
         last = PASSED_THROUGH[-1]
         return [*told, train(mesh, "llama", last[0], deepspeed=last[1], recomputing=Recompute("full"))]
 
-    return [joined(list(of_ranks)) for of_ranks in zip(*on_ranks(2, work, seconds=120), strict=True)]
+    return [joined(list(of_ranks)) for of_ranks in zip(*on_ranks(2, work, seconds=600), strict=True)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("index", range(len(PASSED_THROUGH)), ids=lambda index: str(PASSED_THROUGH[index])[:90])
 def test_what_is_passed_through_changes_no_result(passed_through, index):
     assert_near(passed_through[1 + index], passed_through[0])
 
 
+@pytest.mark.long
 def test_leaf_modules_may_be_computed_again(passed_through):
     assert_near(passed_through[-1], passed_through[0])
 
@@ -263,13 +265,14 @@ def offloaded() -> dict:
             for precision in ("fp32", "bf16")
         ]
 
-    of_ranks = on_ranks(2, work, seconds=120)
+    of_ranks = on_ranks(2, work, seconds=600)
     return {
         precision: [joined(list(of_case)) for of_case in zip(*(told[place] for told in of_ranks), strict=True)]
         for place, precision in enumerate(("fp32", "bf16"))
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("index", range(len(OFFLOADED)), ids=lambda index: str(OFFLOADED[index]))
 def test_what_lies_in_the_memory_of_the_cpu_gives_the_same_results(offloaded, precision, index):

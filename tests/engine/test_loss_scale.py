@@ -22,13 +22,9 @@ OFFLOADED = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 CASES = [
     ((), 1, Settings(), {}),
     ((), 1, TOO_HIGH, {}),
-    ((), 2, TOO_HIGH, {}),
     ((), 3, TOO_HIGH, {}),
-    ((), 1, TOO_HIGH, OFFLOADED),
     ((), 2, TOO_HIGH, OFFLOADED),
-    ((), 3, TOO_HIGH, OFFLOADED),
     ((), 1, GROWING, {}),
-    ((), 3, GROWING, {}),
     ((("tensor", 2),), 1, TOO_HIGH, {}),
     ((("tensor", 2),), 3, GROWING, {}),
     ((("pipeline", 2),), 1, TOO_HIGH, {}),
