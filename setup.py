@@ -37,6 +37,13 @@ setup(
     extras_require={
         "fast": ["tiktoken>=0.14"],  # byte-level BPE tokenizers at several times the speed, the same ids
         "interop": ["megatron-core>=0.16"],  # tests that it and we read each other's shards
-        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "zstandard>=0.22", "tiktoken>=0.14"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "zstandard>=0.22",
+            "tiktoken>=0.14",
+            "triton>=3.5; platform_system == 'Linux'",  # its interpreter and its compiler need no GPU
+        ],
     },
 )

@@ -14,6 +14,8 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Before cpt_kernels is: without a GPU its Triton kernels run in the interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")
 sys.path.insert(0, str(Path(__file__).parent / "harness"))
 
 
