@@ -12,31 +12,23 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from cpt.checkpoint import Place, RunFolder
-from cpt.config import beside, build, write_yaml
+from cpt.config import beside, build
 from cpt.data.check import open_corpora
-from cpt.data.corpus import Corpus
 from cpt.data.loader import Batch, Loader
 from cpt.data.order import StageOrder
-from cpt.data.prepare.tokenizers import Tokenizer
 from cpt.data.share_table import share_table
 from cpt.engine import Engine, StepResult
-from cpt.evaluation.guard import Verdict, verdict_after
-from cpt.evaluation.held_out import HeldOut
-from cpt.evaluation.history import read_history
-from cpt.evaluation.measures import lines_about
 from cpt.evaluation.start_gate import StartGate
-from cpt.lineage import chain, tree
+from cpt.lineage import chain
 from cpt.models.layers.blocks import prepare_blocks
 from cpt.models.layers.compiled import refuse_broken
 from cpt.models.layers.cutting import built_part
@@ -50,13 +42,13 @@ from cpt.parallel.together import alike, together
 from cpt.progress import Progress
 from cpt.run import Run, Stage
 from cpt.run.beginning import TrainingError, open_gate, scores_of_parent, weights_of_folder, where_to_begin
+from cpt.run.opening import prepare_folder, tell_what_was_built
 from cpt.run.saving import Saving
+from cpt.run.scoring import Scoring
 from cpt.run.stages import corpora_of, held_out_of, order_of, refuse_bad_stages
 from cpt_kernels import switch
 
 _log = logging.getLogger(__name__)
-
-STOPPED = "stopped.json"  # why `stop_if` stopped the run
 
 
 @dataclass(frozen=True)
@@ -127,10 +119,10 @@ def train(run: Run, mesh: Mesh, why_orphaned: Callable[[], str | None] = lambda:
     with folder.taken(mesh), listening_for_stop(why_orphaned) as stop:
         with together(mesh):
             if mesh.is_first:
-                _prepare_folder(run, folder, parent, corpora)
+                prepare_folder(run, folder, parent, corpora)
         with together(mesh):
             log_to_file(folder.path, mesh.rank)
-        _tell_what_was_built(run, mesh, model, kernels, compiled, peak.origin)
+        tell_what_was_built(run, mesh, model, kernels, compiled, peak.origin)
         with together(mesh):
             journal = Journal(
                 folder.path,
@@ -144,11 +136,11 @@ def train(run: Run, mesh: Mesh, why_orphaned: Callable[[], str | None] = lambda:
         scores_above = scores_of_parent(run, parent) if gate and parent else {}
         saving = Saving(run.checkpoint, mesh, folder, engine.content, journal.settle)
         saving.warn_of_little_room(run.num_bytes_of_checkpoint)
-        loop = _Loop(
-            run, mesh, folder, engine, journal, held_out, gate, scores_above, saving, stop, peak.flops * mesh.size,
-            flops,
-        )  # fmt: skip
+        scoring = Scoring(run, mesh, folder, engine, journal, held_out)
+        loop = _Loop(run, mesh, folder, engine, journal, scoring, gate, saving, stop, peak.flops * mesh.size, flops)
         try:
+            if place.progress.step == 0:
+                scoring.before_first_step(gate, scores_above)
             return loop.run_stages(place)
         finally:
             saving.close()
@@ -164,9 +156,8 @@ class _Loop:
     folder: RunFolder
     engine: Engine
     journal: Journal
-    held_out: dict[str, HeldOut]
+    scoring: Scoring
     gate: StartGate | None
-    scores_above: dict[str, dict[str, Any]]
     saving: Saving
     stop: StopRequest
     peak: float
@@ -175,11 +166,9 @@ class _Loop:
     def run_stages(self, place: Place) -> Outcome:
         """The outer loop, from `place` to the end of the run."""
         if place.progress.step == 0:
-            self._hold_against_parent(self._score(place.progress, "start", stage_end=False))
             self._warm(place)
         else:
-            self._score_what_is_due(place.progress)
-            self._refuse_what_was_forgotten(place.progress.step)
+            self.scoring.at_checkpoint(place.progress)
         for stage in self.run.stages[place.progress.stage :]:
             order = order_of(self.run, place)
             self.engine.use_model_settings(self.run.model_of(place.progress.stage))
@@ -191,8 +180,7 @@ class _Loop:
                 )
                 number = self.stop.signal or signal.SIGTERM
                 return Outcome(self.folder.path, place.progress.step, number, number)
-        self._score_what_is_due(place.progress)
-        self._refuse_what_was_forgotten(place.progress.step)
+        self.scoring.at_checkpoint(place.progress)
         with together(self.mesh):
             self.journal.settle()
             if self.mesh.is_first:
@@ -230,11 +218,8 @@ class _Loop:
             is_last = place.progress.stage_tokens >= stage.total_tokens
             if is_last:
                 self.engine.end_stage(place.progress)
-            has_forgotten = False
             # Who asked to stop may not wait long: save first. What is due is scored when the run goes on from there.
-            if not result.stop_asked and (is_last or place.progress.crosses(run.evaluation.every_tokens)):
-                self._score(place.progress, stage.name, stage_end=is_last)
-                has_forgotten = self._has_forgotten(place.progress.step)
+            has_forgotten = not result.stop_asked and self.scoring.after_step(place.progress, stage.name, is_last)
             ledger = order.ledger_after(first_slot + num_windows)
             if is_last:
                 place = place.at_next_stage(ledger)
@@ -246,29 +231,10 @@ class _Loop:
             elif result.save_asked:
                 self.saving.save(place, ledger, is_temporary=True)
             if has_forgotten:
-                self._refuse_what_was_forgotten(place.progress.step)
+                self.scoring.refuse_what_was_forgotten(place.progress.step)
             if result.stop_asked and place.progress.stage < len(run.stages):
                 return place, True
         return place, False
-
-    def _has_forgotten(self, step: int) -> bool:
-        """Whether a limit of `stop_if` is exceeded by the evaluation at that step; the same on all ranks."""
-        return bool(self.run.stop_if.forgetting) and self.mesh.any(self._verdict(step) is not None)
-
-    def _refuse_what_was_forgotten(self, step: int) -> None:
-        """Raise TrainingError if `stop_if` stops the run at that step, which is saved. Leave a note, or take it off."""
-        has_forgotten = self._has_forgotten(step)
-        verdict = self._verdict(step) if has_forgotten else None
-        if verdict is not None:
-            self.folder.write_json(STOPPED, {"step": step, "stop_if": verdict.as_json()})
-        elif self.mesh.is_first:
-            (self.folder.path / STOPPED).unlink(missing_ok=True)
-        if has_forgotten:
-            raise TrainingError(verdict.as_line(step) if verdict else "stopped by stop_if; the first rank says why")
-
-    def _verdict(self, step: int) -> Verdict | None:
-        """What the first rank, which wrote the scores, reads from them."""
-        return verdict_after(self.run.stop_if, read_history(self.folder.path), step) if self.mesh.is_first else None
 
     def _refuse_differing_copies(self, progress: Progress) -> None:
         """Raise TrainingError if ranks that should hold the same weights do not, where that is looked at."""
@@ -333,57 +299,6 @@ class _Loop:
             {"step": progress.step, "windows": progress.tokens // self.run.sequence_length, "chain": place.chain}
         )
 
-    def _score_what_is_due(self, progress: Progress) -> None:
-        """Score what a stop, or an end in mid-evaluation, left out at the place of a checkpoint."""
-        is_stage_end = progress.stage_tokens == 0
-        if progress.step == 0 or not (is_stage_end or progress.crosses(self.run.evaluation.every_tokens)):
-            return
-        index = progress.stage - is_stage_end
-        self.engine.use_model_settings(self.run.model_of(index))
-        self._score(progress, self.run.stages[index].name, is_stage_end)
-
-    def _score(self, progress: Progress, stage: str, stage_end: bool) -> list[dict[str, Any]]:
-        """Score the held-out sources that are not scored at this step yet; the first rank writes the answers.
-
-        They are the same on all ranks.
-        """
-        records = []
-        for name, held_out in self.held_out.items():
-            if self.mesh.any(self.journal.has_scored(progress.step, name)):
-                continue
-            started = time.perf_counter()
-            score = held_out.score(self.engine.token_losses, self.mesh, self.run.evaluation.micro_batch)
-            records.append(
-                {
-                    "step": progress.step,
-                    "tokens": progress.tokens,
-                    "stage": stage,
-                    "stage_end": stage_end,
-                    "source": name,
-                    "loss": score.loss,
-                    "bits_per_byte": score.bits_per_byte,
-                    "evaluated_tokens": score.num_tokens,
-                    "interval": score.interval,
-                    "interval_over": score.interval_over,
-                    "evaluation_seconds": round(time.perf_counter() - started, 6),
-                }
-            )
-        if records:
-            self.journal.scores(records)
-        if records and stage_end and self.mesh.is_first:
-            for line in lines_about(read_history(self.folder.path)):
-                _log.info("after stage %s: %s", stage, line)
-        return records
-
-    def _hold_against_parent(self, records: list[dict[str, Any]]) -> None:
-        """Raise TrainingError if a held-out loss before the first step is not the parent's last one."""
-        for record in records:
-            above = self.scores_above.get(record["source"])
-            if self.gate and above and above["evaluated_tokens"] == record["evaluated_tokens"]:
-                expected, origin = above["loss"], f"at the end of {self.run.parent.run}"
-                if fault := self.gate.fault_at_source(record["source"], record["loss"], expected, origin):
-                    raise TrainingError(fault)
-
     def _way_on(self) -> str:
         """What a user can do after a step that was not finite."""
         self.saving.wait()  # the checkpoint that is named below may still be on its way
@@ -413,48 +328,3 @@ class _Loop:
             f"step {progress.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}: not finite; {was_made} "
             f"and the run ends. Its windows stand in {self.folder.path / name}. {self._way_on()}"
         )
-
-
-def _prepare_folder(run: Run, folder: RunFolder, parent: tree.Parent | None, corpora: list[Corpus]) -> None:
-    """Make the folder with `run.yaml`, `lineage.json` and the tokenizer."""
-    folder.make()
-    # First: it makes the folder a run's. What comes after is made again if the run was ended in between.
-    write_yaml(run, folder.path / "run.yaml", "Every setting of this run; cpt train FILE starts the same again.")
-    if not (folder.path / "lineage.json").is_file():
-        tree.write_lineage(folder.path, parent, run.weights)
-    tokenizer = next((corpus.tokenizer for corpus in corpora if corpus.tokenizer), run.tokenizer)
-    if tokenizer and not (folder.path / "tokenizer").is_dir():
-        aside = folder.path / "tokenizer.aside"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        Tokenizer.open(tokenizer).copy_to(aside)
-        aside.rename(folder.path / "tokenizer")
-
-
-def _tell_what_was_built(run: Run, mesh: Mesh, model: Any, kernels: switch.Kernels, compiled: str, peak: str) -> None:
-    accumulation = run.batch.windows_a_rank(mesh.data_size) // run.batch.micro_batch_on(mesh.data_size)
-    _log.info(
-        "%d parameters, %s, ZeRO %d on %d rank(s) of %s, %s; a step is %d windows of %d tokens, "
-        "%d micro-batch(es) a rank",
-        model.num_parameters(), run.precision, run.zero, mesh.size, mesh.device.type, run.mesh.told(mesh.size),
-        run.batch.windows, run.sequence_length, accumulation,
-    )  # fmt: skip
-    if mesh.pipeline.size > 1:
-        told = ", ".join(str(len(blocks)) for blocks in run.blocks_of_parts)
-        _log.info("the pipeline's parts have %s blocks; the last one has the head too", told)
-    has_copies = mesh.tensor.size > 1 or mesh.pipeline.size > 1 or (mesh.size > 1 and run.zero < 3)
-    if run.mesh.check_every_steps and mesh.is_first and not has_copies:
-        _log.warning(
-            "mesh.check_every_steps = %d with zero = %d on %d rank(s): no rank holds what another one holds; "
-            "nothing is compared", run.mesh.check_every_steps, run.zero, mesh.size,
-        )  # fmt: skip
-    told = kernels.told
-    if mesh.tensor.size > 1:
-        is_shared = run.mesh.shares_norms(run.sequence_length)
-        _log.info("norms and residual stream: %s on each tensor rank", "some positions" if is_shared else "whole")
-        told = {**told, "cross_entropy": "vocabulary-parallel (always, with mesh.tensor)"}
-    _log.info("kernels: %s", "; ".join(f"{operation}: {twin}" for operation, twin in told.items()))
-    if run.recompute.mode != "none" or run.compile.blocks:
-        blocks = "all blocks" if run.recompute.blocks is None else f"the first {run.recompute.blocks} block(s)"
-        _log.info("computed again in the backward pass: %s in %s; compiled: %s", run.recompute.mode, blocks, compiled)
-    _log.info("MFU is told against %s, causal FLOP count", peak)

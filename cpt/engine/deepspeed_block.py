@@ -7,6 +7,7 @@ added. Below the top, only `zero_optimization` and its offload blocks are sorted
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -167,14 +168,19 @@ def refuse_what_deepspeed_refuses(made: dict[str, Any]) -> None:
 def told_as_faults(block: dict[str, Any]) -> Iterator[None]:
     """Around what DeepSpeed makes of a block: what it cannot do with these settings becomes a Fault.
 
-    Without a block whatever is raised is an error of ours and stays what it is.
+    Without a block, or raised by our own code or by torch, it is an error of ours and stays what it is.
     """
     try:
         yield
     except (AssertionError, ValueError, NotImplementedError) as error:
-        if not block:
+        if not block or not _raised_by_deepspeed(error):
             raise
         raise Fault(f"deepspeed = {block}: DeepSpeed cannot work with these settings: {error}") from error
+
+
+def _raised_by_deepspeed(error: Exception) -> bool:
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    return innermost.f_globals.get("__name__", "").startswith(("deepspeed.", "pydantic."))
 
 
 def _unsorted(

@@ -9,7 +9,7 @@ from cpt_harness.ranks import on_ranks
 
 from cpt.config import Fault
 from cpt.engine import deepspeed_block as sorted_as
-from cpt.engine.deepspeed_block import contradictions, refuse_what_deepspeed_refuses
+from cpt.engine.deepspeed_block import contradictions, refuse_what_deepspeed_refuses, told_as_faults
 from cpt.models.layers.recompute import Settings as Recompute
 
 
@@ -290,3 +290,8 @@ def test_gradients_that_are_not_averaged_would_be_seen():
         )
 
     assert on_ranks(2, work) == [pytest.approx(2.0), pytest.approx(2.0)]
+
+
+def test_an_error_of_our_own_is_not_blamed_on_deepspeed():
+    with pytest.raises(ValueError, match="^ours$"), told_as_faults({"prescale_gradients": True}):
+        raise ValueError("ours")

@@ -79,13 +79,8 @@ def _keeping_and_reusing() -> tuple[TorchDispatchMode, TorchDispatchMode]:
     return _Keeping(kept), _Reusing(kept)
 
 
-class _Keeping(TorchDispatchMode):
-    """Keeps results in the order in which they are made, for the forward pass.
-
-    Torch's own contexts count every operation, which ZeRO-3 upsets: weights that it gathers in the forward pass may
-    lie there still in the backward pass. They would also hand out results that were added to in place afterwards, as
-    DeepSpeed's linear layer adds its bias under ZeRO-3.
-    """
+class _WithKept(TorchDispatchMode):
+    """Sees every operation; `kept` holds results by operation, in the order in which they were made."""
 
     def __init__(self, kept: dict[Any, deque]) -> None:
         super().__init__()
@@ -95,6 +90,15 @@ class _Keeping(TorchDispatchMode):
     def ignore_compile_internals(cls) -> bool:
         """A compiled operation is one operation."""
         return True
+
+
+class _Keeping(_WithKept):
+    """Keeps results in the order in which they are made, for the forward pass.
+
+    Torch's own contexts count every operation, which ZeRO-3 upsets: weights that it gathers in the forward pass may
+    lie there still in the backward pass. They would also hand out results that were added to in place afterwards, as
+    DeepSpeed's linear layer adds its bias under ZeRO-3.
+    """
 
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: tuple = (), named: dict | None = None) -> Any:
         schema = getattr(operation, "_schema", None)
@@ -120,17 +124,8 @@ class _Keeping(TorchDispatchMode):
                 results[index] = tree_map_only(Tensor, moved, result)
 
 
-class _Reusing(TorchDispatchMode):
+class _Reusing(_WithKept):
     """Gives back what was kept in the place of computing it, for the backward pass."""
-
-    def __init__(self, kept: dict[Any, deque]) -> None:
-        super().__init__()
-        self.kept = kept
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """A compiled operation is one operation."""
-        return True
 
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: tuple = (), named: dict | None = None) -> Any:
         if operation in _KEPT:

@@ -8,6 +8,7 @@ decides the error that the test sees; the others are ended.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import os
@@ -36,6 +37,7 @@ os.environ["LOCAL_SIZE"] = "1"
 # And it collects garbage nine times for each bf16 engine; what is here before the fork need not be looked at.
 gc.collect()
 gc.freeze()
+atexit.register(gc.unfreeze)  # or Triton's library tells of leaks at the end
 
 SECONDS = 60.0
 
