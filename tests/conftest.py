@@ -69,6 +69,14 @@ def even(data, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """What opens a mesh takes all cores for torch; the next test has one again, as the ranks that it forks do."""
+    yield
+    if (torch := sys.modules.get("torch")) and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
 def loggers_as_before() -> Iterator[None]:
     """A command sends our log lines to the terminal, a run to a file; the next test begins without either."""
     loggers = [logging.getLogger(name) for name in ("cpt", "py.warnings")]

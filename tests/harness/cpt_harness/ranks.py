@@ -83,6 +83,8 @@ def _fork(work: Callable[[], Any], folder: Path, number: int) -> int:
     if child:
         return child
     try:
+        # Threads that a test had started here are lost in the child, which would wait for them for ever.
+        torch.set_num_threads(1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         result = work()
         torch.save(result, folder / f"process-{number}.result")
