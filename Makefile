@@ -5,11 +5,13 @@
 # make clean        remove the virtual environment and the quickstart's runs
 #
 # PYTHON=python3.12                  another interpreter for the virtual environment
+# WORKERS=4                          test processes at once; each test may have several of its own, up to 8
 # PIP_ARGUMENTS="--extra-index-url URL"   words for pip, such as where to find a CPU-only build of torch
 
 PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 1
+WORKERS ?= 2
 PIP_ARGUMENTS ?=
 BIN := $(VENV)/bin
 
@@ -30,12 +32,12 @@ quickstart: setup
 
 test: setup
 	@echo "== tests =="
-	"$(BIN)/python" -m pytest
+	"$(BIN)/python" -m pytest -n $(WORKERS) --dist loadfile
 
 # The last -m counts, so this one takes the place of the one in pyproject.toml.
 test-long: setup
 	@echo "== tests that take minutes =="
-	"$(BIN)/python" -m pytest -m long
+	"$(BIN)/python" -m pytest -m long --durations=0
 
 lint: setup
 	"$(BIN)/ruff" check .

@@ -39,6 +39,7 @@ setup(
         "interop": ["megatron-core>=0.16"],  # tests that it and we read each other's shards
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.9",
             "zstandard>=0.22",

@@ -97,7 +97,7 @@ def test_what_breaks_a_promise_in_the_block_of_zero_is_refused_with_the_promise(
     assert contradictions({"zero_optimization": {key: harmless}}) == []
 
 
-@pytest.mark.parametrize("key", sorted_as.DROPPED)
+@pytest.mark.parametrize("key", sorted(sorted_as.DROPPED))
 def test_what_deepspeed_has_dropped_is_told(key):
     told = f"deepspeed.{key}: DeepSpeed has dropped this setting; take it out of the block"
     assert contradictions({key: {"enabled": False}}) == [told]

@@ -24,8 +24,6 @@ CASES = [
     ((), 1, TOO_HIGH, {}),
     ((), 3, TOO_HIGH, {}),
     ((), 2, TOO_HIGH, OFFLOADED),
-    ((), 1, GROWING, {}),
-    ((("tensor", 2),), 1, TOO_HIGH, {}),
     ((("tensor", 2),), 3, GROWING, {}),
     ((("pipeline", 2),), 1, TOO_HIGH, {}),
     ((("sequence", 2),), 2, TOO_HIGH, {}),

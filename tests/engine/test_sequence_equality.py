@@ -12,8 +12,7 @@ from cpt.models.layers import compiled, recompute
 
 ONE_HEAD = "llama, one head for all"
 # The rest of the matrix is in test_every_mesh. Windows of 12 positions: 6 on each of two ranks, 3 on each of four.
-CASES = [case("llama", 2, zero, sequence=2) for zero in (0, 1, 2, 3)]
-CASES += [case("pythia", 2, 3, sequence=2), case("llama", 4, 1, sequence=2), case(ONE_HEAD, 4, 3, sequence=4)]
+CASES = [case("llama", 2, 1, sequence=2), case("pythia", 2, 3, sequence=2), case(ONE_HEAD, 4, 3, sequence=4)]
 CASES += [case("pythia", 4, 0, sequence=2, tensor=2), case("llama", 4, 0, pipeline=2, sequence=2)]
 MORE = [case(ONE_HEAD, 2, zero, sequence=2) for zero in (0, 1, 2, 3)]
 MORE += [case(ONE_HEAD, 4, zero, sequence=2, tensor=2) for zero in (0, 1, 2, 3)]
@@ -38,25 +37,25 @@ def test_one_key_head_for_all_is_shared_on_every_stage(one):
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_every_stage_clips_as_told_and_tells_the_norm_before_clipping(clip):
     expected = joined(on_ranks(1, lambda mesh: train(mesh, "llama", 1, clip=clip)))
-    for of_ranks in train_all([case("llama", 2, zero, sequence=2) for zero in (0, 1, 2, 3)], clip=clip).values():
+    for of_ranks in train_all([case("llama", 2, zero, sequence=2) for zero in (0, 2)], clip=clip).values():
         assert_near(joined(of_ranks), expected)
 
 
 def test_documents_that_cross_from_rank_to_rank_are_attended_to_as_in_one_process():
     cases = [case("llama", 2, 1, sequence=2), case("pythia", 4, 3, sequence=4)]
-    cases += [case("llama", 4, 1, sequence=2, tensor=2)]
     for one, of_ranks in train_all(cases, documents=True).items():
         assert_near(joined(of_ranks), alone(one.model, documents=True))
 
 
 def test_bf16_stays_near_fp32():
-    cases = [case("llama", 2, zero, sequence=2) for zero in (1, 2, 3)]
+    cases = [case("llama", 2, zero, sequence=2) for zero in (1, 3)]
     for one, of_ranks in train_all(cases, precision="bf16").items():
         mine, reference = joined(of_ranks), alone(one.model)
         assert mine["loss"] == pytest.approx(reference["loss"], abs=0.02)
         assert mine["norm"] == pytest.approx(reference["norm"], rel=0.05)
 
 
+@pytest.mark.long
 def test_blocks_that_are_computed_again_or_compiled_exchange_the_same():
     (expected,) = train_all([case("llama", 2, 1, sequence=2)]).values()
     ways = [{"recomputing": recompute.Settings(mode)} for mode in ("selective", "full")]

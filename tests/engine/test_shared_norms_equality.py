@@ -12,9 +12,8 @@ from cpt.models.layers import compiled, recompute
 TIED = "llama, tied, all biases"
 # The rest of the matrix is in test_every_mesh. Windows of 12 positions: 6 on each of two tensor ranks, 3 on each of
 # four, or where two tensor ranks share what one of two sequence ranks has.
-CASES = [case("pythia", 2, zero, tensor=2) for zero in (0, 1, 3)]
-CASES += [case(TIED, 2, 3, tensor=2), case("llama", 4, 2, tensor=4)]
-CASES += [case("pythia", 4, 1, sequence=2, tensor=2), case(TIED, 4, 1, pipeline=2, tensor=2)]
+CASES = [case("pythia", 2, 1, tensor=2), case(TIED, 2, 3, tensor=2), case("llama", 4, 2, tensor=4)]
+CASES += [case("pythia", 4, 1, sequence=2, tensor=2)]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +26,7 @@ def test_losses_norms_scores_and_weights_are_those_of_one_process_and_copies_are
     assert_near(joined(spread[one]), alone(one.model))
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.05])
+@pytest.mark.parametrize("clip", [pytest.param(0.0, marks=pytest.mark.long), 0.05])
 def test_every_stage_clips_as_told_and_tells_the_norm_before_clipping(clip):
     expected = joined(on_ranks(1, lambda mesh: train(mesh, "pythia", 1, clip=clip)))
     cases = [case("pythia", 2, zero, tensor=2) for zero in (0, 3)]
@@ -36,19 +35,20 @@ def test_every_stage_clips_as_told_and_tells_the_norm_before_clipping(clip):
 
 
 def test_attention_and_loss_within_documents_are_those_of_one_process():
-    cases = [case("llama", 2, 1, tensor=2), case("pythia", 4, 3, sequence=2, tensor=2)]
+    cases = [case("llama", 2, 1, tensor=2)]
     for one, of_ranks in train_all(cases, documents=True, shares_norms=True).items():
         assert_near(joined(of_ranks), alone(one.model, documents=True))
 
 
 def test_bf16_stays_near_fp32_and_copies_are_equal_to_the_bit():
-    cases = [case("pythia", 2, zero, tensor=2) for zero in (1, 2, 3)]
+    cases = [case("pythia", 2, zero, tensor=2) for zero in (1, 3)]
     for one, of_ranks in train_all(cases, precision="bf16", shares_norms=True).items():
         mine, reference = joined(of_ranks), alone(one.model)
         assert mine["loss"] == pytest.approx(reference["loss"], abs=0.02)
         assert mine["norm"] == pytest.approx(reference["norm"], rel=0.05)
 
 
+@pytest.mark.long
 def test_blocks_that_are_computed_again_or_compiled_keep_all_sums():
     (expected,) = train_all([case("pythia", 2, 1, tensor=2)], shares_norms=True).values()
     ways = [{"recomputing": recompute.Settings(mode)} for mode in ("selective", "full")]

@@ -13,8 +13,7 @@ from cpt.methods import Seams, reptile
 from cpt.progress import Progress
 
 # One of each kind; test_every_mesh has them all.
-CASES = [case("llama", 2, zero, tensor=2) for zero in (0, 1, 2, 3)] + [case("pythia", 4, 1, tensor=2)]
-CASES += [case("llama, tied, all biases", 2, 3, tensor=2), case("pythia, tied, sequential", 2, 2, tensor=2)]
+CASES = [case("llama", 2, zero, tensor=2) for zero in (1, 3)] + [case("pythia, tied, sequential", 2, 0, tensor=2)]
 CASES += [case("llama, one head for all", 4, 3, tensor=4)]  # fewer key heads than ranks
 
 
@@ -38,7 +37,7 @@ def test_the_reference_learns_and_is_clipped():
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_every_stage_clips_as_told_and_tells_the_norm_before_clipping(clip):
     expected = joined(on_ranks(1, lambda mesh: train(mesh, "llama", 1, clip=clip)))
-    for of_ranks in train_all([case("llama", 2, zero, tensor=2) for zero in (0, 1, 2, 3)], clip=clip).values():
+    for of_ranks in train_all([case("llama", 2, zero, tensor=2) for zero in (0, 2)], clip=clip).values():
         assert_near(joined(of_ranks), expected)
 
 
@@ -50,7 +49,7 @@ def test_attention_and_loss_within_documents_are_those_of_one_process():
 
 
 def test_bf16_stays_near_fp32_and_copies_are_equal_to_the_bit():
-    for of_ranks in train_all([case("llama", 2, zero, tensor=2) for zero in (1, 2, 3)], precision="bf16").values():
+    for of_ranks in train_all([case("llama", 2, zero, tensor=2) for zero in (1, 3)], precision="bf16").values():
         mine = joined(of_ranks)
         assert mine["loss"] == pytest.approx(alone("llama")["loss"], abs=0.02)
         assert mine["norm"] == pytest.approx(alone("llama")["norm"], rel=0.05)

@@ -21,7 +21,7 @@ LAYOUTS = [(zero, precision) for zero in (0, 1, 2, 3) for precision in ("fp32", 
 
 
 @pytest.mark.parametrize("name", names_of_choices("cpt.methods"))
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.long)])
 def test_at_strength_zero_losses_norms_masters_and_moments_are_those_without_it_bit_for_bit(name, ranks):
     assert name in STRENGTH_ZERO, f"say in this file which settings of {name} mean strength 0"
     settings = settings_of_choice("cpt.methods", name)(**STRENGTH_ZERO[name])

@@ -52,7 +52,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert torch.equal(found[name], expected[name]), name
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 3, *(pytest.param(ranks, marks=pytest.mark.long) for ranks in (2, 4))])
 def test_every_element_of_every_parameter_is_owned_once_and_starts_at_its_initial_value_bit_for_bit(ranks):
     def work(mesh):
         return [tiny.fragments(start(mesh, layout, model)) for layout in LAYOUTS for model in MODELS]
@@ -69,7 +69,7 @@ def test_every_element_of_every_parameter_is_owned_once_and_starts_at_its_initia
         assert_same(tiny.join(of_ranks), initial(model))
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_the_model_computes_with_the_rounded_masters_after_fill_and_after_a_step_and_after_refresh(ranks):
     def work(mesh):
         told = []
@@ -90,7 +90,7 @@ def test_the_model_computes_with_the_rounded_masters_after_fill_and_after_a_step
             assert_same(computed, {name: masters[name].to(computed[name].dtype) for name in masters})
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_what_is_written_into_the_masters_survives_the_next_step(ranks):
     def work(mesh):
         told = []
