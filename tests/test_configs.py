@@ -1,6 +1,7 @@
 """Every file in configs/ is a run that can be read: known settings only, output under runs/.
 
-Those in configs/models are the part of a run that says the model; see tests/models/test_named_sizes.py.
+Those in configs/models are the part of a run that says the model; see tests/models/test_named_sizes.py. Those that
+say the arms of a study are read in tests/studies.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "configs").rglob("*.yaml")
-    if path.parent != ROOT / "configs/models"
+    if path.parent != ROOT / "configs/models" and "\narms:" not in path.read_text(encoding="utf-8")
 )
 
 PARENT = """
