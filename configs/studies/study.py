@@ -279,8 +279,8 @@ def tables(study: Study, results: dict[tuple[Cell, int], Result]) -> Iterator[st
             )
         yield ""
         yield (
-            f"Nats a token; mean over seeds {', '.join(map(str, study.seeds))} (lowest to highest); ±: of single losses, "
-            f"half the 95 % interval over documents."
+            f"Nats a token; mean over seeds {', '.join(map(str, study.seeds))} (lowest to highest); ±: of single "
+            "losses, half the 95 % interval over documents."
         )
 
 
