@@ -78,8 +78,8 @@ def test_scale_16_is_four_times_the_tokens_for_twice_the_width_at_half_the_rate(
     plain, large = (
         study.base_settings(read(study, "replay", f"scale={scale}"), tmp_path, FOLDER, seed=1) for scale in (1, 16)
     )
-    assert plain["stages"][0]["tokens"] == "1200K"
-    assert large["stages"][0]["tokens"] == 4_800_000
+    assert plain["stages"][0]["tokens"] == "600K"
+    assert large["stages"][0]["tokens"] == 2_400_000
     assert [large["model"][name] for name in ("width", "mlp_width", "heads", "kv_heads")] == [128, 384, 8, 4]
     assert [float(large["stages"][0]["schedule"][name]) for name in ("peak", "floor")] == [2e-3, 2e-4]
 
