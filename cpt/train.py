@@ -43,6 +43,7 @@ from cpt.progress import Progress
 from cpt.run import Run, Stage
 from cpt.run.beginning import TrainingError, open_gate, scores_of_parent, weights_of_folder, where_to_begin
 from cpt.run.opening import prepare_folder, tell_what_was_built
+from cpt.run.raising import with_replay_raised
 from cpt.run.saving import Saving
 from cpt.run.scoring import Scoring
 from cpt.run.stages import corpora_of, held_out_of, order_of, refuse_bad_stages
@@ -169,8 +170,9 @@ class _Loop:
             self._warm(place)
         else:
             self.scoring.at_checkpoint(place.progress)
-        for stage in self.run.stages[place.progress.stage :]:
-            order = order_of(self.run, place)
+            place = with_replay_raised(self.run, self.mesh, self.folder, place)
+        while place.progress.stage < len(self.run.stages):
+            stage, order = self.run.stages[place.progress.stage], order_of(self.run, place)
             self.engine.use_model_settings(self.run.model_of(place.progress.stage))
             with self._open_loader(stage, order, place) as loader:
                 place, was_stopped = self._run_steps(stage, order, loader, place)
@@ -191,8 +193,11 @@ class _Loop:
         return Outcome(self.folder.path, place.progress.step, asked=self.stop.signal)
 
     def _run_steps(self, stage: Stage, order: StageOrder, loader: Loader, place: Place) -> tuple[Place, bool]:
-        """The inner loop: the steps of `stage` from `place` on. The place after them; whether a signal ended them."""
-        run = self.run
+        """The inner loop: steps of `stage` from `place` on, until it ends or replay's share in it is changed.
+
+        The place after them; whether a signal ended them.
+        """
+        run, changes = self.run, place.share_changes
         schedule = build(stage.schedule, "Schedule", stage.total_tokens, place.rate_before_stage)
         is_last = False
         while not is_last:
@@ -218,9 +223,12 @@ class _Loop:
             is_last = place.progress.stage_tokens >= stage.total_tokens
             if is_last:
                 self.engine.end_stage(place.progress)
+            has_forgotten = False
             # Who asked to stop may not wait long: save first. What is due is scored when the run goes on from there.
-            has_forgotten = not result.stop_asked and self.scoring.after_step(place.progress, stage.name, is_last)
-            ledger = order.ledger_after(first_slot + num_windows)
+            if not result.stop_asked and self.scoring.is_due(place.progress, is_last):
+                has_forgotten = self.scoring.after_step(place.progress, stage.name, is_last)
+                place = place if is_last else with_replay_raised(run, self.mesh, self.folder, place)
+            ledger = place.recorded_in(order.ledger_after(first_slot + num_windows))
             if is_last:
                 place = place.at_next_stage(ledger)
             is_end = result.stop_asked or has_forgotten or place.progress.stage == len(run.stages)
@@ -234,6 +242,8 @@ class _Loop:
                 self.scoring.refuse_what_was_forgotten(place.progress.step)
             if result.stop_asked and place.progress.stage < len(run.stages):
                 return place, True
+            if place.share_changes != changes:
+                break  # the order goes on in another way
         return place, False
 
     def _refuse_differing_copies(self, progress: Progress) -> None:

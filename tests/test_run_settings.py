@@ -41,6 +41,7 @@ kernels: {all: plain}
 methods: [{name: reptile, every: 5, step_size: 0.5}]
 evaluation: {held_out: {no: data/no, 5: data/five}, windows: 0, every_tokens: 1M, micro_batch: 2}
 stop_if: {forgetting: {source: no, above: 0.1}}
+raise_replay: {forgetting: [], gain: 2, at_most: 60%}
 checkpoint: {every_tokens: 2M, keep_last: 3, keep_every_tokens: 10M, temporary_every_minutes: 7.5, in_background: false}
 log: {every_steps: 10, peak_tflops: 989}
 deepspeed: {zero_optimization: {reduce_bucket_size: 5e8, stage: auto}, timers: {x: 2024-01-05}}
@@ -235,6 +236,38 @@ def test_limits_that_cannot_work_are_faults(file):
     ]
     (told,) = faults_of(file(SMALLEST), "stop_if.forgetting={source: en, above: -1}", "evaluation.held_out.en=x")
     assert told == "stop_if.forgetting.0.above = -1: a number of nats, at least 0"
+
+
+RAISING = ["raise_replay.forgetting={source: en, above: 0.1}", "evaluation={held_out: {en: x}, every_tokens: 1K}"]
+
+
+def test_what_raises_replay_is_read_and_is_part_of_what_a_run_began_with(full, file):
+    assert (full.raise_replay.gain, full.raise_replay.at_most) == (2.0, Fraction(3, 5))
+    run = read_run([file(SMALLEST), *RAISING, "stages.0.replay.share=5%"])
+    assert [(limit.source, limit.above) for limit in run.raise_replay.forgetting] == [("en", 0.1)], "one alone"
+    other = read_run([file(SMALLEST), *RAISING, "stages.0.replay.share=5%", "raise_replay.gain=2"])
+    assert differences(as_mapping(run), as_mapping(other)) == ["raise_replay.gain is 2.0, the run began with 1.0"]
+
+
+def test_a_share_of_replay_that_cannot_be_raised_is_a_fault(file):
+    def told(*words):
+        return faults_of(file(SMALLEST), *RAISING, *words)
+
+    assert told() == ["raise_replay: no stage replays anything; give one what to begin with, replay: {share: 5%}"]
+    assert told("stages.0.replay.share=5%", "evaluation.every_tokens=null") == [
+        "raise_replay: it looks at evaluations within a stage; set evaluation.every_tokens"
+    ]
+    assert told("stages.0.replay.share=60%") == [
+        "stages.0.replay.share = 0.6: with raise_replay it is what the share begins with and never falls below: above "
+        "0 and at most raise_replay.at_most = 0.5"
+    ]
+    assert told("stages.0.replay.share=0")[0].startswith("stages.0.replay.share = 0: with raise_replay it is what")
+    assert told("stages.0.replay={share: 5%, ramp: {start: 10%, tokens: 1}}") == [
+        "stages.0.replay.ramp with raise_replay: both move the share; leave one of them out"
+    ]
+    assert told("stages.0.replay.share=5%", "raise_replay.forgetting={source: de, above: 0.1}") == [
+        "raise_replay.forgetting.0.source = de: no held-out text is called so; scored are: en"
+    ]
 
 
 def test_an_end_of_a_corpus_that_is_nothing_or_all_of_it_is_a_fault(file):

@@ -9,7 +9,7 @@ from typing import Any
 from cpt.config import Fault
 from cpt.lineage import chain
 from cpt.lineage.areas import Areas
-from cpt.lineage.ledger import Ledger
+from cpt.lineage.ledger import Ledger, ShareChange
 from cpt.progress import Progress
 
 
@@ -33,6 +33,7 @@ class Place:
     The ledger is kept as it was when the stage began, because the order of the stage is a function of that; so is the
     one of the stage before, and how long that was, for a child that goes on with it from its end.
     `continued`: where in a stage of its parent a run began that goes on with that stage's windows.
+    `share_changes`: of replay in the stage so far. The ledger holds them, so `state.json` has them there.
     """
 
     progress: Progress = Progress()
@@ -43,6 +44,7 @@ class Place:
     areas: Areas = Areas()
     stage_behind: StageBehind | None = None
     continued: Progress | None = None
+    share_changes: tuple[ShareChange, ...] = ()
 
     def after_step(self, num_tokens: int, rate: float, chain_after: str) -> Place:
         """The place after one more step of the stage."""
@@ -57,7 +59,12 @@ class Place:
             ledger_before_stage=ledger,
             rate_before_stage=self.rate,
             stage_behind=StageBehind(self.progress.stage_tokens, self.ledger_before_stage),
+            share_changes=(),
         )
+
+    def recorded_in(self, ledger: Ledger) -> Ledger:
+        """The lineage's ledger here, from what it has consumed: with the changes of replay's share in this stage."""
+        return dataclasses.replace(ledger, share_changes=(*self.ledger_before_stage.share_changes, *self.share_changes))
 
     def as_json(self, ledger: Ledger) -> dict[str, Any]:
         """For `state.json`; `ledger` is the lineage's at this place."""
@@ -88,6 +95,7 @@ class Place:
             areas,
             StageBehind(behind["tokens"], Ledger.from_json(behind["ledger_before"])) if behind else None,
             Progress(**continued) if continued else None,
+            _changes_since(ledger, Ledger.from_json(state["ledger"])),
         )
 
     @staticmethod
@@ -102,7 +110,7 @@ class Place:
 
         At the end of the parent, whose stages are so many, that is its last one. Raises Fault if it cannot be known.
         """
-        origin, ledger = above.progress, above.ledger_before_stage
+        origin, ledger, changes = above.progress, above.ledger_before_stage, above.share_changes
         if origin.stage == num_stages_above:
             if above.stage_behind is None:
                 raise Fault(
@@ -110,9 +118,15 @@ class Place:
                     "stage began; name an earlier step of the parent, or leave continues out"
                 )
             ledger = above.stage_behind.ledger_before
+            changes = _changes_since(ledger, above.ledger_before_stage)
             origin = Progress(stage=origin.stage - 1, stage_tokens=above.stage_behind.tokens)
         if above.continued and origin.stage == 0:
             tokens = above.continued.stage_tokens + origin.stage_tokens
             origin = dataclasses.replace(above.continued, stage_tokens=tokens)
         continued = Progress(stage=origin.stage, stage_tokens=origin.stage_tokens)
-        return dataclasses.replace(self, ledger_before_stage=ledger, continued=continued)
+        return dataclasses.replace(self, ledger_before_stage=ledger, continued=continued, share_changes=changes)
+
+
+def _changes_since(before: Ledger, now: Ledger) -> tuple[ShareChange, ...]:
+    """What replay's share has become in the stage that began with the ledger `before`."""
+    return now.share_changes[len(before.share_changes) :]

@@ -1,17 +1,19 @@
-"""Which window stands in each slot of a stage: a pure function of (settings, seed, ledger before the stage, slot).
+"""Which window stands in each slot of a stage: a pure function of (settings, seed, ledger, slot).
 
     slot --mixture--> source, n-th draw --new:    position n of its endless shuffled order, after what was consumed
                                         --replay: draw n of the pool of what was consumed (cpt/data/replay.py)
                       --> (corpus, first token)
 
+Of the ledger it is what it was before the stage, and the changes of replay's share since, which are entries of it.
 No rank, batch size, worker or ZeRO stage occurs here, so none of them can change what is trained on.
 Letters: N slots asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from threading import Lock
 
 import numpy as np
@@ -21,6 +23,7 @@ from cpt.data.corpus import Corpus
 from cpt.data.mixture import LONGEST_PERIOD, Mixture, period_of
 from cpt.data.ramp import RampedMixture
 from cpt.data.replay import Pool, Replay
+from cpt.data.spliced import SplicedMixture
 from cpt.data.streams import (
     Source,
     Stream,
@@ -30,7 +33,7 @@ from cpt.data.streams import (
     trained_tokens,
     with_names_of_their_own,
 )
-from cpt.lineage.ledger import Ledger
+from cpt.lineage.ledger import Ledger, ShareChange
 from cpt.parallel.seeds import derive_seed
 
 # With `scope: all_seen` the pool is drawn up anew when it has grown by this part, and not more often than this.
@@ -50,6 +53,7 @@ class StageOrder:
     """The order of one stage. `ledger`: what the lineage had consumed when the stage began.
 
     `num_slots_before`: the stage began in another run, so many slots ago; all that is asked here counts from there on.
+    `share_changes`: of replay in this stage so far, oldest first. What lies before a change is as it was without it.
     Sources are numbered: the new ones as the stage names them, then one for each entry that replay may draw from, named
     `replay/<source>`. Raises Fault with everything that cannot work: a corpus that is not there or too short, replay
     without a past, a corpus of the past that has changed since or was cut into windows of another length.
@@ -63,10 +67,11 @@ class StageOrder:
         sequence_length: int,
         seed: int,
         num_slots_before: int = 0,
+        share_changes: Sequence[ShareChange] = (),
     ) -> None:
         self.sequence_length, self._num_slots_before = sequence_length, num_slots_before
         self._sources, self._replay = sources, replay or Replay()
-        self._ledger, self._seed = ledger, seed
+        self._ledger, self._seed, self._share_changes = ledger, seed, share_changes
         faults: list[str] = []
         self._new = self._made(
             faults, *((new_stream, name, source, ledger, sequence_length, seed) for name, source in sources.items())
@@ -154,7 +159,7 @@ class StageOrder:
             for stream, first in zip(windows.stream.tolist(), windows.first_token.tolist(), strict=True)
         ]
 
-    def _mixture(self, faults: list[str]) -> Mixture | RampedMixture | None:
+    def _mixture(self, faults: list[str]) -> Mixture | RampedMixture | SplicedMixture | None:
         shares, replay = [source.share for source in self._sources.values()], self._replay
         if not shares:
             return None  # a fault of the settings, told there
@@ -162,11 +167,11 @@ class StageOrder:
         try:
             if replay.ramp:
                 num_slots = -(-replay.ramp.tokens // self.sequence_length)
-                return RampedMixture(shares, replay.ramp.start, replay.share, num_slots)
-            together = [share / total * (1 - replay.share) for share in shares] + [replay.share]
-            if period_of(together) <= LONGEST_PERIOD:
-                return Mixture(together)
-            return RampedMixture(shares, replay.share, replay.share, num_slots=0)
+                mixture = RampedMixture(shares, replay.ramp.start, replay.share, num_slots)
+            else:
+                mixture = _mixture_with(shares, replay.share)
+            changed = [(change.window, _mixture_with(shares, change.share)) for change in self._share_changes]
+            return SplicedMixture([(0, mixture), *changed]) if changed else mixture
         except ValueError:
             told = ", ".join(f"{name} {float(source.share):g}" for name, source in self._sources.items())
             faults.append(
@@ -268,3 +273,12 @@ class StageOrder:
             index, number = divmod(which, num_epochs)
             first[at] = self._streams[index].first_tokens(number, position[at])
         return first
+
+
+def _mixture_with(shares: Sequence[Fraction], replayed: Fraction) -> Mixture | RampedMixture:
+    """Of new sources with these shares and, last, replay with a share of all."""
+    total = sum(shares)
+    together = [share / total * (1 - replayed) for share in shares] + [replayed]
+    if period_of(together) <= LONGEST_PERIOD:
+        return Mixture(together)
+    return RampedMixture(shares, replayed, replayed, num_slots=0)

@@ -6,8 +6,10 @@ a few numbers here. A child starts with its parent's ledger; replay draws from i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from cpt.config import Fault
@@ -61,10 +63,39 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class ShareChange:
+    """From `window` of a stage on, counted from where that stage first began, `share` of its windows are replayed.
+
+    It was decided after an evaluation in which `source` had lost `forgetting` nats a token.
+    """
+
+    stage: str
+    window: int
+    share: Fraction
+    source: str
+    forgetting: float
+
+    def as_json(self) -> dict[str, Any]:
+        """For `ledger.json`; the share as a fraction, which is exact, and what is no finite number as text."""
+        lost = self.forgetting if math.isfinite(self.forgetting) else str(self.forgetting)
+        return {**asdict(self), "share": str(self.share), "forgetting": lost}
+
+    @staticmethod
+    def from_json(plain: dict[str, Any]) -> ShareChange:
+        """The change that `as_json` described."""
+        return ShareChange(**{**plain, "share": Fraction(plain["share"]), "forgetting": float(plain["forgetting"])})
+
+
+@dataclass(frozen=True)
 class Ledger:
-    """The entries of a lineage, at most one for each key, in the order in which their sources were first consumed."""
+    """The entries of a lineage, at most one for each key, in the order in which their sources were first consumed.
+
+    `share_changes`: of replay, while stages were going on, oldest first; the order of such a stage is a function of
+    them too.
+    """
 
     entries: tuple[Entry, ...] = ()
+    share_changes: tuple[ShareChange, ...] = ()
 
     def find(self, fingerprint: str, sequence_length: int) -> Entry | None:
         """The entry of that corpus cut at that length, whatever its seed; None if nothing of it was consumed."""
@@ -74,12 +105,13 @@ class Ledger:
     def with_entry(self, entry: Entry) -> Ledger:
         """This ledger with `entry` in place of the one with its key, or added."""
         if any(old.key == entry.key for old in self.entries):
-            return Ledger(tuple(entry if old.key == entry.key else old for old in self.entries))
-        return Ledger((*self.entries, entry))
+            return replace(self, entries=tuple(entry if old.key == entry.key else old for old in self.entries))
+        return replace(self, entries=(*self.entries, entry))
 
     def as_inherited(self) -> Ledger:
         """The ledger that a child begins with: all that was consumed, was consumed by ancestors."""
-        return Ledger(tuple(replace(entry, num_inherited=entry.num_consumed) for entry in self.entries))
+        entries = tuple(replace(entry, num_inherited=entry.num_consumed) for entry in self.entries)
+        return replace(self, entries=entries)
 
     def as_json(self) -> dict[str, Any]:
         """What `ledger.json` holds."""
@@ -99,6 +131,7 @@ class Ledger:
                 }
                 for e in self.entries
             ],
+            **({"share_changes": [change.as_json() for change in self.share_changes]} if self.share_changes else {}),
         }
 
     @staticmethod
@@ -120,7 +153,8 @@ class Ledger:
                     num_inherited=s.get("windows_inherited", 0),
                 )
                 for s in plain["sources"]
-            )
+            ),
+            tuple(map(ShareChange.from_json, plain.get("share_changes", ()))),
         )
 
 

@@ -69,11 +69,12 @@ FREE_TO_CHANGE = (
 
 
 def _with_limits_in_a_list(mapping: dict[str, Any]) -> dict[str, Any]:
-    """`stop_if: {forgetting: {source: en, above: 0.1}}` as a list of one."""
-    guards = mapping.get("stop_if")
-    if not isinstance(guards, dict) or not isinstance(guards.get("forgetting"), dict):
-        return mapping
-    return {**mapping, "stop_if": {**guards, "forgetting": [guards["forgetting"]]}}
+    """`stop_if: {forgetting: {source: en, above: 0.1}}` as a list of one, and so the other guard."""
+    for name in ("stop_if", "raise_replay"):
+        guards = mapping.get(name)
+        if isinstance(guards, dict) and isinstance(guards.get("forgetting"), dict):
+            mapping = {**mapping, name: {**guards, "forgetting": [guards["forgetting"]]}}
+    return mapping
 
 
 _NOTHING = ("0", "0.0", "0%", "None")  # ways to write a share of nothing

@@ -50,17 +50,19 @@ class Scoring:
                 if fault := gate.fault_at_source(record["source"], record["loss"], expected, origin):
                     raise TrainingError(fault)
 
+    def is_due(self, progress: Progress, stage_end: bool) -> bool:
+        """Whether every source is to be scored after the step that led to `progress`."""
+        return stage_end or progress.crosses(self.run.evaluation.every_tokens)
+
     def after_step(self, progress: Progress, stage: str, stage_end: bool) -> bool:
-        """Score if it is time to; whether the run may not go on because it has forgotten too much."""
-        if not (stage_end or progress.crosses(self.run.evaluation.every_tokens)):
-            return False
+        """Score; whether the run may not go on because it has forgotten too much."""
         self._score(progress, stage, stage_end)
         return self._has_forgotten(progress.step)
 
     def at_checkpoint(self, progress: Progress) -> None:
         """Score what was left out there. Raises TrainingError if `stop_if` stopped the run there, and still does."""
         is_stage_end = progress.stage_tokens == 0
-        if progress.step and (is_stage_end or progress.crosses(self.run.evaluation.every_tokens)):
+        if progress.step and self.is_due(progress, is_stage_end):
             index = progress.stage - is_stage_end
             self.engine.use_model_settings(self.run.model_of(index))
             self._score(progress, self.run.stages[index].name, is_stage_end)

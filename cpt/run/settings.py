@@ -20,7 +20,7 @@ from cpt.data.streams import Source
 from cpt.engine import loss_scale
 from cpt.engine import settings as engine_settings
 from cpt.engine.deepspeed_block import unfit
-from cpt.evaluation import guard, held_out, start_gate
+from cpt.evaluation import guard, held_out, raise_replay, start_gate
 from cpt.models.growth import Growth
 from cpt.models.layers import compiled, recompute
 from cpt.models.layers.cutting import faults_of_cut
@@ -165,6 +165,7 @@ class Run:
     methods: tuple[Any, ...] = field(default=(), metadata=chosen_from("cpt.methods"))
     evaluation: held_out.Settings = field(default_factory=held_out.Settings)
     stop_if: guard.Settings = field(default_factory=guard.Settings)
+    raise_replay: raise_replay.Settings = field(default_factory=raise_replay.Settings)
     checkpoint: checkpoint_settings.Settings = field(default_factory=checkpoint_settings.Settings)
     loader: loader.Settings = field(default_factory=loader.Settings)
     log: Log = field(default_factory=Log)
@@ -380,12 +381,34 @@ class Run:
         """Limits on what is not scored."""
         of_sources = [name for stage in self.stages for name, source in stage.sources.items() if source.hold_out]
         scored = list(dict.fromkeys([*self.evaluation.held_out, *self.evaluation.ends, *of_sources]))
-        return [
-            f"stop_if.forgetting.{index}.source = {limit.source}: no held-out text is called so; scored are: "
+        limits = {"stop_if": self.stop_if.forgetting, "raise_replay": self.raise_replay.forgetting}
+        faults = [
+            f"{guard}.forgetting.{index}.source = {limit.source}: no held-out text is called so; scored are: "
             f"{', '.join(scored) or 'none, name some in evaluation.held_out'}"
-            for index, limit in enumerate(self.stop_if.forgetting)
+            for guard, of_guard in limits.items()
+            for index, limit in enumerate(of_guard)
             if limit.source not in scored
         ]
+        return faults + (self._faults_of_raising() if self.raise_replay.forgetting else [])
+
+    def _faults_of_raising(self) -> list[str]:
+        """Nothing to raise, nothing that says when, shares that something else moves."""
+        faults, at_most = [], self.raise_replay.at_most
+        replays = {index: stage.replay for index, stage in enumerate(self.stages) if stage.replay}
+        if not replays:
+            faults.append("raise_replay: no stage replays anything; give one what to begin with, replay: {share: 5%}")
+        if self.evaluation.every_tokens is None:
+            faults.append("raise_replay: it looks at evaluations within a stage; set evaluation.every_tokens")
+        for index, replay in replays.items():
+            where = f"stages.{index}.replay"
+            if replay.ramp:
+                faults.append(f"{where}.ramp with raise_replay: both move the share; leave one of them out")
+            if not 0 < replay.share <= at_most:
+                faults.append(
+                    f"{where}.share = {float(replay.share):g}: with raise_replay it is what the share begins with and "
+                    f"never falls below: above 0 and at most raise_replay.at_most = {float(at_most):g}"
+                )
+        return faults
 
     def _faults_of_hold_outs(self) -> list[str]:
         """Names of held-out text that mean two things."""

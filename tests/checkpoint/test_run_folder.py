@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 
 import pytest
 from cpt_harness.ranks import in_processes
@@ -11,7 +12,7 @@ from cpt.checkpoint import Place, RunFolder
 from cpt.checkpoint.place import StageBehind
 from cpt.config import Fault
 from cpt.lineage.areas import Areas
-from cpt.lineage.ledger import Entry, Ledger
+from cpt.lineage.ledger import Entry, Ledger, ShareChange
 from cpt.parallel.mesh import ALONE
 from cpt.progress import Progress
 
@@ -105,7 +106,9 @@ def test_a_place_comes_back_from_json_as_it_was_and_a_child_begins_at_zero_with_
     before = Ledger((Entry("prose", "data/prose", "ab", 16, 7, 100, (((0, 20),),)),))
     now = Ledger((Entry("prose", "data/prose", "ab", 16, 7, 100, (((0, 60),),)),))
     behind, continued = StageBehind(300, before), Progress(stage=3, stage_tokens=40)
-    place = Place(Progress(5, 500, 1, 2, 200), before, 1e-3, 5e-4, "ab" * 16, Areas(), behind, continued)
+    raised = (ShareChange("code", 96, Fraction(1, 3), "prose", 0.25),)
+    place = Place(Progress(5, 500, 1, 2, 200), before, 1e-3, 5e-4, "ab" * 16, Areas(), behind, continued, raised)
+    now = place.recorded_in(now)
     plain = json.loads(json.dumps(place.as_json(now)))
     assert Place.from_json(plain) == place
     begun = Place(ledger_before_stage=now.as_inherited(), rate_before_stage=5e-4, rate=5e-4, areas=Areas(rate=5e-4))

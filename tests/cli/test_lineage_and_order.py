@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 from cpt.cli import main
 from cpt.lineage.chain import START, lengthen
-from cpt.lineage.ledger import Entry, Ledger
+from cpt.lineage.ledger import Entry, Ledger, ShareChange
 from cpt.lineage.tree import Parent, write_lineage
 
 
@@ -49,6 +50,15 @@ def test_the_tree_and_what_was_consumed_are_printed(tmp_path, capsys):
         ["prose", "1,500", "192,000", "1.50", "data/prose"],
         ["code", "1,000", "128,000", "0.25", "data/code"],
     ]
+
+
+def test_changes_of_replays_share_are_told_with_the_reason(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    ledger = Ledger((), (ShareChange("news", 1920, Fraction(315, 1000), "prose", 0.1234567),))
+    (run / "ledger.json").write_text(json.dumps(ledger.as_json()))
+    assert main(["lineage", str(run)]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == "replay 31.5% of stage news from window 1,920 on: prose had lost 0.1235 nats a token"
 
 
 def test_a_run_that_is_given_twice_is_shown_once(tmp_path, capsys):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt.config import Fault
-from cpt.lineage.ledger import Entry, Ledger
+from cpt.lineage.ledger import Entry, Ledger, ShareChange
 
 
 def entry(num_windows: int = 10, **changes) -> Entry:
@@ -116,6 +118,19 @@ def test_the_json_says_in_words_what_was_consumed():
             }
         ],
     }
+
+
+CHANGES = (ShareChange("new", 96, Fraction(1, 3), "en", 0.25), ShareChange("new", 192, Fraction(1, 2), "en", math.inf))
+
+
+def test_changes_of_replays_share_stay_with_the_ledger_and_survive_the_way_through_json():
+    ledger = Ledger((entry(),), CHANGES)
+    assert Ledger.from_json(json.loads(json.dumps(ledger.as_json(), allow_nan=False))) == ledger
+    assert ledger.as_json()["share_changes"][0] == {
+        "stage": "new", "window": 96, "share": "1/3", "source": "en", "forgetting": 0.25,
+    }  # fmt: skip
+    after = ledger.with_entry(entry().with_draws(0, 5)).with_entry(entry(seed=9)).as_inherited()
+    assert after.share_changes == CHANGES and len(after.entries) == 2
 
 
 @pytest.mark.parametrize("plain", [{"sources": []}, {"format_version": 2, "sources": []}])
