@@ -8,6 +8,7 @@ import pytest
 import torch
 from cpt_harness import tiny
 from cpt_harness.ranks import on_ranks
+from torch import nn
 
 from cpt.checkpoint import Checkpoint
 from cpt.config import Fault, build, read_settings
@@ -16,7 +17,7 @@ from cpt.progress import Progress
 from cpt_kernels import Settings, choose
 
 NUM_STEPS, EVERY, STEP_SIZE = 10, 3, 0.4
-TOLERANCE = 2e-6
+TOLERANCE = 1e-6  # docs/LEARNING.md has what was measured
 STAGES = (0, 1, 2, 3)
 
 
@@ -110,8 +111,84 @@ def test_losses_masters_and_displacements_equal_those_of_the_unsharded_computati
         assert_near(tiny.join([fragments for _, _, fragments in of_ranks]), expected["masters"])
 
 
-MESHES = [(2, {"tensor": 2}, (0, 1, 3)), (2, {"pipeline": 2}, (0, 1)), (4, {}, (3,)), (2, {"sequence": 2}, (2,)),
-          (4, {"pipeline": 2, "tensor": 2}, (1,))]  # fmt: skip
+class ExactGradients(nn.Module):
+    """Loss and gradients are the same however they are summed: it is linear in the weights, its factors have few bits.
+
+    They are another in each step, which the tokens tell; those are the same in all windows, of 16 positions.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(31, 7))
+        self.bias = nn.Parameter(torch.empty(5))
+        self.one_norm = nn.Parameter(torch.empty(1))
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        products = [p * self.factors(p.shape, int(tokens[0, 0])) for p in self.parameters()]
+        return sum(product.sum() for product in products) + torch.zeros(tokens.shape)
+
+    @staticmethod
+    def factors(shape: torch.Size, step: int) -> torch.Tensor:
+        numbers = torch.arange(shape.numel())
+        return (((numbers * 7 + step * 5) % 16 - 8) / 16 + 1 / 32).reshape(shape)
+
+    def initial_value(self, name: str, seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed + len(name))
+        return torch.empty(self.shapes[name]).normal_(0.0, 1.0, generator=generator)
+
+    def decays(self, name: str) -> bool:
+        return not name.endswith("norm")
+
+
+def exact_reference() -> dict[str, torch.Tensor]:
+    """AdamW and Reptile on whole parameters, by torch."""
+    model = ExactGradients()
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(model.initial_value(name, tiny.SEED))
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if model.decays(n) == decays], "weight_decay": 0.1 * decays}
+        for decays in (True, False)
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    anchor = [p.detach().clone() for p in model.parameters()]
+    for step in range(NUM_STEPS):
+        for parameter in model.parameters():
+            parameter.grad = model.factors(parameter.shape, step)
+        for group in optimizer.param_groups:
+            group["lr"] = tiny.rate_of_step(step)
+        optimizer.step()
+        if (step + 1) % EVERY == 0:
+            for parameter, old in zip(model.parameters(), anchor, strict=True):
+                old.copy_(torch.lerp(old, parameter.detach(), STEP_SIZE))
+                parameter.data.copy_(old)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_where_gradients_are_exact_so_are_the_masters_to_the_bit(ranks):
+    """What is left between meshes elsewhere is the order of sums in the gradients, nothing of the outer step."""
+
+    def work(mesh):
+        told = []
+        for zero in STAGES:
+            engine = tiny.start_engine(mesh, zero=zero, model=ExactGradients, clip=0.0, methods=[method()])
+            here = 8 // mesh.size
+            for step in range(NUM_STEPS):
+                tokens, sources = torch.full((here, 17), step), torch.arange(here) % 2
+                engine.step(tokens, sources, 2, tiny.rate_of_step(step), Progress(step=step, stage_step=step))
+            told.append(tiny.fragments(engine))
+        return told
+
+    expected = exact_reference()
+    for of_ranks in zip(*on_ranks(ranks, work), strict=True):
+        masters = tiny.join(of_ranks)
+        for name in expected:
+            assert torch.equal(masters[name], expected[name]), name
+
+
+MESHES = [(2, {"tensor": 2}, (0, 1, 3)), (2, {"pipeline": 2}, (0, 1)), (4, {}, (0, 2, 3)), (2, {"sequence": 2}, (2,)),
+          (4, {"pipeline": 2, "tensor": 2}, (1,)), (4, {"tensor": 2}, (1, 2))]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", MESHES, ids=str)
