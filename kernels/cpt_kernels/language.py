@@ -2,12 +2,16 @@
 
 With TRITON_INTERPRET=1 in the environment, before this file is imported, kernels run in Triton's interpreter: on any
 device, slowly, and with bf16 that is wrong in sums and products (values must be widened right after they are loaded).
+
+A file with kernels lists in `COMPILED` the forms in which it launches them, so that all of them can be compiled for
+each GPU where there is none.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +24,26 @@ except ImportError:  # a CPU build of torch comes without it
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _LEAST_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One form in which a kernel is launched.
+
+    kernel: what `jit` gave. signature: type of each argument that is no constant, in Triton's words: "*bf16" a tensor,
+    "i32", "fp32" numbers; with ":16" behind it where the address or the number is a multiple of 16, as Triton finds it
+    out at a launch ("*bf16:16" for any tensor that torch allocated). constants: the others by name (an integer
+    argument that is 1 is one of them to Triton: a stride of 1 belongs here). capabilities: the GPUs that are given this
+    form. uses_tensor_cores: whether there is a product in it that must not fall back to plain arithmetic.
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    capabilities: tuple[int, ...] = (80, 90)
+    uses_tensor_cores: bool = False
 
 
 def jit(function: Callable) -> Any:
