@@ -170,5 +170,6 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor, angles: Tensor, documents: Documents | None = None) -> Tensor:
         """hidden [B, S, D], angles [2, S, K/2] or [2, B, S, K/2] -> [B, S, D]."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), angles, documents)
-        return hidden + self.mlp(self.mlp_norm(hidden))
+        mixed = self.attention(self.attention_norm(hidden), angles, documents)
+        normal, hidden = self.mlp_norm(mixed, hidden)
+        return hidden + self.mlp(normal)

@@ -187,5 +187,5 @@ class Block(nn.Module):
         mixed = self.attention(self.attention_norm(hidden), angles, documents)
         if self.is_parallel:
             return self.mlp(self.mlp_norm(hidden)) + mixed + hidden
-        hidden = hidden + mixed
-        return hidden + self.mlp(self.mlp_norm(hidden))
+        normal, hidden = self.mlp_norm(mixed, hidden)
+        return hidden + self.mlp(normal)

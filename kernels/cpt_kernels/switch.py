@@ -61,7 +61,7 @@ class Kernels:
     """The functions that serve; each is described in the file of its operation.
 
     attention(queries, keys, values, documents=None)        rotary(queries, keys, angles)
-    rms_norm(hidden, weight, epsilon)                       layer_norm(hidden, weight, bias, epsilon)
+    rms_norm(hidden, weight, epsilon, residual=None)        layer_norm(hidden, weight, bias, epsilon, residual=None)
     swiglu(gate, up)                                        gelu(hidden, is_tanh=False)
     linear_cross_entropy(hidden, weight, targets)           adamw(param_groups, learning_rate, betas, epsilon)
 

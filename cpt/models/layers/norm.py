@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +19,9 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
         self.kernels = kernels
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        return self.kernels.rms_norm(hidden, self.weight, self.epsilon)
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Any:
+        """[..., D] -> [..., D]; with a residual alike, the normal of their sum: (normal, sum)."""
+        return self.kernels.rms_norm(hidden, self.weight, self.epsilon, residual)
 
 
 class LayerNorm(nn.Module):
@@ -32,6 +34,6 @@ class LayerNorm(nn.Module):
         self.epsilon = epsilon
         self.kernels = kernels
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        return self.kernels.layer_norm(hidden, self.weight, self.bias, self.epsilon)
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Any:
+        """[..., D] -> [..., D]; with a residual alike, the normal of their sum: (normal, sum)."""
+        return self.kernels.layer_norm(hidden, self.weight, self.bias, self.epsilon, residual)
