@@ -22,12 +22,9 @@ from torch.nn import functional
 from cpt.parallel.mesh import Group
 from cpt.parallel.parts import Part
 from cpt.parallel.tensor import WHOLE, Stream, joined
-from cpt_kernels.cross_entropy import IGNORED
-
-# Logits that exist at once on a rank, as for the operation on one device.
-_LOGITS_AT_ONCE_ON_CPU = 2**21
-_LOGITS_AT_ONCE = 2**26
-
+from cpt_kernels import logits
+from cpt_kernels.cross_entropy import IGNORED, logits_at_once
+from cpt_kernels.logits import OfLogits
 
 # What a method computes where the head computes losses: of hidden [B, S, D] and weight [R, D], the rows of this rank.
 Beside = Callable[[Tensor, Tensor], Any]
@@ -64,10 +61,15 @@ class VocabularyHead(nn.Module):
     """Projects onto the rows that are here. A tied one hands in the embedding's own Parameter, which has two owners."""
 
     def __init__(
-        self, weight: Tensor, group: Group, tied_to: nn.Parameter | None = None, stream: Stream = WHOLE
+        self,
+        weight: Tensor,
+        group: Group,
+        tied_to: nn.Parameter | None = None,
+        stream: Stream = WHOLE,
+        by: OfLogits = logits.PLAIN,
     ) -> None:
         super().__init__()
-        self.group, self.stream, self.vocabulary = group, stream, weight.shape[0]
+        self.group, self.stream, self.vocabulary, self.by = group, stream, weight.shape[0], by
         self.beside: Beside | None = None
         self.first, self.last, rows = rows_of(self.vocabulary, group)
         self.weight = nn.Parameter(weight.new_zeros(rows, weight.shape[1])) if tied_to is None else tied_to
@@ -84,27 +86,34 @@ class VocabularyHead(nn.Module):
             if self.beside is not None:
                 return self.beside(hidden, weight)
             return joined(functional.linear(hidden, self.weight), self.group)[..., : self.vocabulary]
-        losses = linear_cross_entropy(hidden, weight, targets, self.first, self.group)
+        losses = linear_cross_entropy(hidden, weight, targets, self.first, self.group, by=self.by)
         if self.beside is None or not self.training:
             return losses
         return losses, self.beside(hidden, weight).masked_fill(targets == IGNORED, 0.0)
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, first: int, group: Group, tokens_at_once: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    first: int,
+    group: Group,
+    tokens_at_once: int | None = None,
+    z_loss: float = 0.0,
+    by: OfLogits = logits.PLAIN,
 ) -> Tensor:
     """-log softmax(hidden whole_weight^T)[target] of each token, of which each rank has rows from `first` on.
 
     hidden [..., D], weight [R, D] (R may be 0), targets [...] int64 of the whole vocabulary (IGNORED costs nothing) ->
     losses [...], fp32 at least, the same on all ranks. The gradient of `hidden` is this rank's part of it: hand in what
-    is `copied`. No more than `tokens_at_once` x R logits exist at a time; the backward pass makes them again.
+    is `copied`. No more than `tokens_at_once` x R logits exist at a time; the backward pass makes them again. `z_loss`
+    is as in `cpt_kernels.cross_entropy`, `by` what computes on the logits that are here.
     """
-    at_once = _LOGITS_AT_ONCE_ON_CPU if weight.device.type == "cpu" else _LOGITS_AT_ONCE
-    tokens_at_once = tokens_at_once or max(1, at_once // max(1, weight.shape[0]))
-    places = targets.flatten() - first
-    places = places.masked_fill((targets.flatten() == IGNORED) | (places < 0) | (places >= weight.shape[0]), -1)
+    tokens_at_once = tokens_at_once or max(1, logits_at_once(weight.device) // max(1, weight.shape[0]))
     is_ignored = targets.flatten() == IGNORED
-    losses = _CrossEntropy.apply(hidden.flatten(0, -2), weight, places, is_ignored, group, tokens_at_once)
+    places = targets.flatten() - first
+    places = places.masked_fill(is_ignored | (places < 0) | (places >= weight.shape[0]), -1)
+    losses = _CrossEntropy.apply(hidden.flatten(0, -2), weight, places, is_ignored, group, (z_loss, tokens_at_once), by)
     return losses.view(targets.shape)
 
 
@@ -113,40 +122,30 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, places: Tensor, is_ignored: Tensor, group: Group, tokens_at_once: int
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        places: Tensor,
+        is_ignored: Tensor,
+        group: Group,
+        numbers: tuple[float, int],
+        by: OfLogits,
     ) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        here = torch.full(places.shape, -torch.inf, dtype=wide, device=hidden.device)  # logsumexp of this rank's, [T]
-        chosen = torch.zeros_like(here)  # [T]
-        for start in range(0, len(places) if len(weight) else 0, tokens_at_once):
-            part = slice(start, start + tokens_at_once)
-            logits = functional.linear(hidden[part], weight).to(wide)  # [tokens_at_once, R]
-            here[part] = logits.logsumexp(dim=-1)
-            of_targets = logits.gather(1, places[part].clamp(min=0)[:, None])[:, 0]
-            chosen[part] = of_targets.masked_fill(places[part] < 0, 0.0)
+        z_loss, tokens_at_once = numbers
+        here, chosen = logits.statistics_of(by, hidden, weight, places, tokens_at_once)  # of this rank's rows, [T]
         largest = here.clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group.handle)
         both = torch.stack([(here - largest).exp(), chosen])  # [2, T]
         dist.all_reduce(both, group=group.handle)
         logsumexps = both[0].log() + largest
-        ctx.save_for_backward(hidden, weight, places, is_ignored, logsumexps)
-        ctx.tokens_at_once = tokens_at_once
-        return (logsumexps - both[1]).masked_fill(is_ignored, 0.0)
+        ctx.save_for_backward(hidden, weight, places, logsumexps, is_ignored)
+        ctx.numbers, ctx.by = numbers, by
+        return logits.losses_of(logsumexps, both[1], is_ignored, z_loss)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, places, is_ignored, logsumexps = ctx.saved_tensors
-        grad_losses = grad_losses.masked_fill(is_ignored, 0.0)
-        grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=grad_losses.dtype, device=weight.device)
-        for start in range(0, len(places) if len(weight) else 0, ctx.tokens_at_once):
-            part = slice(start, start + ctx.tokens_at_once)
-            logits = functional.linear(hidden[part], weight).to(grad_losses.dtype)
-            grad_logits = logits.sub_(logsumexps[part, None]).exp_()  # now probabilities
-            is_here = (places[part] >= 0).to(grad_logits.dtype)
-            grad_logits.scatter_add_(1, places[part].clamp(min=0)[:, None], -is_here[:, None])
-            grad_logits = grad_logits.mul_(grad_losses[part, None]).to(hidden.dtype)
-            grad_hidden[part] = grad_logits @ weight
-            grad_weight += grad_logits.T @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, is_ignored = ctx.saved_tensors
+        upstream = upstream.masked_fill(is_ignored, 0.0)
+        gradients = logits.gradients_of(ctx.by, *inputs, upstream, *ctx.numbers, ctx.needs_input_grad[:2])
+        return *gradients, None, None, None, None, None

@@ -6,11 +6,11 @@ import pytest
 import torch
 from cpt_harness.twins import CPU, DEVICES
 
-from cpt_kernels import gelu, layer_norm, rms_norm, swiglu
+from cpt_kernels import cross_entropy, gelu, layer_norm, rms_norm, swiglu
 from cpt_kernels.self_check import difference
 
 
-@pytest.mark.parametrize("operation", [rms_norm, layer_norm, swiglu, gelu])
+@pytest.mark.parametrize("operation", [rms_norm, layer_norm, swiglu, gelu, cross_entropy])
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_kernel_passes(operation, device):
     assert operation.check(device) is None

@@ -6,13 +6,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from cpt_harness.ranks import on_ranks
+from cpt_harness.twins import CPU
 from torch import nn
 from torch.nn import functional
 
 from cpt.parallel.tensor import copied
 from cpt.parallel.vocabulary import VocabularyEmbedding, VocabularyHead, linear_cross_entropy, rows_of
-from cpt_kernels import cross_entropy
+from cpt_kernels import cross_entropy, logits
 from cpt_kernels.cross_entropy import IGNORED
+from cpt_kernels.language import why_not
 
 WIDTH = 5
 # (vocabulary, ranks): evenly, with padding on the last rank, with ranks that have nothing but padding.
@@ -66,6 +68,28 @@ def test_losses_and_gradients_are_those_of_the_whole_vocabulary(vocabulary, rank
             assert tensor.shape == expected.shape and tensor.dtype == expected.dtype
             assert (tensor - expected).abs().max() <= tolerance * expected.abs().max()
         assert (found[0][0, 3:5] == 0).all() and found[0][1, -1] == 0
+
+
+@pytest.mark.skipif(bool(why_not(CPU)), reason=str(why_not(CPU)))
+@pytest.mark.parametrize(("vocabulary", "ranks"), [(61, 2), (2, 4)])
+def test_losses_and_gradients_are_those_of_the_whole_vocabulary_through_triton_with_z_loss_too(vocabulary, ranks):
+    hidden, weight, targets, grads = case(vocabulary, torch.float32)
+
+    def work(mesh):
+        first, last, _ = rows_of(vocabulary, mesh.tensor)
+        inputs = [hidden.clone().requires_grad_(), weight[first:last].clone().requires_grad_()]
+        copies = copied(inputs[0], mesh.tensor)
+        losses = linear_cross_entropy(copies, inputs[1], targets, first, mesh.tensor, 4, 0.1, logits.TRITON)
+        losses.backward(grads)
+        return [losses.detach(), *(tensor.grad for tensor in inputs)]
+
+    told = on_ranks(ranks, work, tensor=ranks)
+    whole = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    losses = cross_entropy.plain(*whole, targets, z_loss=0.1)
+    losses.backward(grads)
+    found = [*told[0][:2], torch.cat([one[2] for one in told])]
+    for tensor, expected in zip(found, (losses.detach(), *(tensor.grad for tensor in whole)), strict=True):
+        assert (tensor - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
 def test_statistics_are_kept_in_fp32_where_the_weights_are_bf16():

@@ -23,6 +23,7 @@ from cpt.parallel.mesh import Group, Mesh, divisors, one_of
 from cpt.parallel.parts import Part
 from cpt.parallel.tensor import BETWEEN_POSITIONS, WHOLE, ColumnLinear, RowLinear, Stream
 from cpt.parallel.vocabulary import VocabularyEmbedding, VocabularyHead
+from cpt_kernels.cross_entropy import of_a_slice
 
 
 def faults_of_cut(settings: Any, size: int) -> list[str]:
@@ -104,7 +105,8 @@ def cut(model: nn.Module, cuts: Mapping[str, Cut], group: Group, shares_norms: b
             # Here and not in each of its layers: one sum of gradients for all of them.
             parent.register_forward_pre_hook(lambda _, inputs: (stream.enter(inputs[0], group), *inputs[1:]))
     tied_to = model.embedding.weight if model.settings.tied else None
-    model.head = VocabularyHead(model.head.weight, group, tied_to, stream)
+    by = of_a_slice(model.head.kernels.linear_cross_entropy)
+    model.head = VocabularyHead(model.head.weight, group, tied_to, stream, by)
     if shares_norms:
         for path, layer in model.named_modules():
             names = [name for name, _ in layer.named_parameters(recurse=False)]
