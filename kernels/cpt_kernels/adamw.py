@@ -3,8 +3,8 @@
     m <- beta1 m + (1 - beta1) g            v <- beta2 v + (1 - beta2) g^2
     w <- w - rate decay w - rate (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon)
 
-Both twins are `torch.optim.AdamW` itself and no subclass: DeepSpeed knows that class, and shards it without being told
-that it may.
+Two twins are `torch.optim.AdamW` itself, the third a subclass that keeps the same state by the same names. DeepSpeed
+shards that class without being told that it may, and others where `zero_allow_untested_optimizer` says so.
 Source: Loshchilov and Hutter 2019, arXiv:1711.05101.
 """
 
@@ -14,6 +14,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from cpt_kernels import adamw_update
+from cpt_kernels.language import why_not
+from cpt_kernels.self_check import off_by
 
 
 def plain(
@@ -33,14 +38,57 @@ def fused(
     return _adamw(param_groups, learning_rate, betas, epsilon, fused=True)
 
 
-def _adamw(param_groups, learning_rate, betas, epsilon, fused: bool) -> torch.optim.AdamW:
+def triton(
+    param_groups: Iterable[dict[str, Any]], learning_rate: float, betas: tuple[float, float], epsilon: float
+) -> torch.optim.AdamW:
+    """The same in one Triton kernel a tensor, which ZeRO's flat shards are few of.
+
+    What DeepSpeed does around it in passes of its own (unscaling, clipping, the copy of 16 bits) can be in that pass
+    too: see `cpt_kernels.adamw_update`.
+    """
+    return _adamw(param_groups, learning_rate, betas, epsilon, fused=False, kind=TritonAdamW)
+
+
+def _adamw(param_groups, learning_rate, betas, epsilon, fused: bool, kind=torch.optim.AdamW) -> torch.optim.AdamW:
     # weight_decay: torch's own default is 0.01, which would decay a group that says nothing.
-    return torch.optim.AdamW(
+    return kind(
         list(param_groups), lr=learning_rate, betas=betas, eps=epsilon, weight_decay=0.0, foreach=False, fused=fused
     )
 
 
-TWINS: dict[str, Callable[..., torch.optim.AdamW]] = {"plain": plain, "torch": fused}
+class TritonAdamW(torch.optim.AdamW):
+    """torch's AdamW with an update of our own, for contiguous fp32 parameters."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient. Raises ValueError for one where Triton's kernels cannot run."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+        return loss
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        reason = why_not(parameter.device)
+        if reason:
+            raise ValueError(f"kernels.adamw = triton with masters on {parameter.device}: {reason}; use torch")
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state["step"] += 1
+        adamw_update.update(
+            [parameter], [parameter.grad.contiguous()], [state["exp_avg"]], [state["exp_avg_sq"]],
+            state["step"].to(parameter.device), learning_rate=float(group["lr"]), betas=group["betas"],
+            epsilon=group["eps"], weight_decay=group["weight_decay"],
+        )  # fmt: skip
+
+
+TWINS: dict[str, Callable[..., torch.optim.AdamW]] = {"plain": plain, "torch": fused, "triton": triton}
 
 
 def face(device: torch.device) -> tuple[Callable[..., torch.optim.AdamW], str]:
@@ -48,3 +96,19 @@ def face(device: torch.device) -> tuple[Callable[..., torch.optim.AdamW], str]:
     if device.type in ("cpu", "cuda"):
         return fused, "torch (fused, one pass over memory)"
     return plain, f"plain (torch's fused AdamW is not known to work on {device.type})"
+
+
+def check(device: torch.device) -> str | None:
+    """What is wrong with the Triton twin on this device, against `plain` in two updates; None if nothing is."""
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = torch.randn(3, 1500, generator=generator).to(device)
+    results = []
+    for make in (triton, plain):
+        parameter = torch.nn.Parameter(start.clone())
+        optimizer = make([{"params": [parameter], "weight_decay": 0.1}], 0.01, (0.9, 0.95), 1e-8)
+        for gradient in gradients:
+            parameter.grad = gradient
+            optimizer.step()
+        results.append([parameter.detach(), *(optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq"))])
+    found = (off_by(name, *pair) for name, *pair in zip(("master", "mean", "square"), *results, strict=True))
+    return next(filter(None, found), None)

@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from cpt_kernels import logits
-from cpt_kernels.language import Variant
 from cpt_kernels.self_check import difference
 
 # A token with this target has loss 0 and gradient 0 (torch's own custom).
@@ -177,7 +176,6 @@ def _one_number(upstream: Tensor, is_counted: Tensor) -> Tensor | None:
 
 
 TWINS: dict[str, Callable[..., Tensor]] = {"plain": plain, "chunked": chunked, "triton": triton}
-COMPILED: list[Variant] = logits.COMPILED
 
 
 def face(device: torch.device) -> tuple[Callable[..., Tensor], str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cpt_kernels import norms
-from cpt_kernels.language import Variant, why_not
+from cpt_kernels.language import why_not
 from cpt_kernels.self_check import difference
 
 # What it gives: the normal, and with a residual (normal, sum).
@@ -50,7 +50,6 @@ def triton(hidden: Tensor, weight: Tensor, epsilon: float, residual: Tensor | No
 
 
 TWINS: dict[str, Callable[..., Outcome]] = {"plain": plain, "torch": fused, "triton": triton}
-COMPILED: list[Variant] = norms.COMPILED
 
 
 def face(device: torch.device) -> tuple[Callable[..., Outcome], str]:

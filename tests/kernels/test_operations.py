@@ -308,7 +308,7 @@ def test_adamw_follows_its_formula_and_decays_only_groups_that_say_so(serving):
     parameters = [torch.nn.Parameter(start.clone()) for start in starts]
     optimizer = serving([{"params": [parameters[0]], "weight_decay": 0.1}, {"params": [parameters[1]]}],
                         0.01, (0.9, 0.95), 1e-8)  # fmt: skip
-    assert type(optimizer) is torch.optim.AdamW
+    assert isinstance(optimizer, torch.optim.AdamW)
     for parameter, start, decay in zip(parameters, starts, (0.1, 0.0), strict=True):
         expected, mean, square = start.double(), 0.0, 0.0
         for step in (1, 2, 3):

@@ -21,7 +21,7 @@ from cpt.models.layers.sharing import share_positions
 from cpt.parallel.mesh import Mesh
 from cpt.parallel.weights import Piece
 from cpt.progress import Progress
-from cpt_kernels import switch
+from cpt_kernels import adamw, switch
 
 LLAMA = llama.Settings(
     vocabulary=61, width=24, layers=2, heads=3, kv_heads=1, mlp_width=40, longest_sequence=16, initial_std=0.2
@@ -87,6 +87,7 @@ def start_engine(
     is_within_documents: bool = False,
     shares_norms: bool = False,
     scale: loss_scale.Settings | None = None,
+    adamw: Callable[..., torch.optim.Optimizer] = adamw.fused,
     **optimizer: float,
 ) -> Engine:
     """An engine around a new model, or this rank's part of it, with the model's initial values of SEED."""
@@ -113,9 +114,7 @@ def start_engine(
         ),
         mesh,
         list(methods),
-        lambda groups: torch.optim.AdamW(
-            groups, lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.epsilon, fused=True
-        ),
+        lambda groups: adamw(groups, 0.0, (settings.beta1, settings.beta2), settings.epsilon),
         decays=made.decays,
         make_model=make,
     )
