@@ -4,6 +4,7 @@
 megatron-core, litdata, mosaicml-streaming, datasets.
 `cpt bench convert` imports and exports a Hugging Face folder of random weights, beside transformers' load and save.
 `cpt bench checkpoint` saves while a model trains, beside dd, torch.distributed.checkpoint and DeepSpeed's own save.
+`cpt bench optimizer` updates a shard on the CPU, beside the passes over memory that DeepSpeed makes of an update.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from cpt.benchmarks import checkpoint, convert
+from cpt.benchmarks import checkpoint, convert, optimizer
 from cpt.benchmarks.data import Settings, compare
 from cpt.benchmarks.table import as_json, as_lines
 from cpt.config import read_settings
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     _add_convert(commands)
     _add_checkpoint(commands)
+    _add_optimizer(commands)
 
 
 def _add_convert(commands) -> None:
@@ -80,9 +82,32 @@ def _add_checkpoint(commands) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
 
 
+def _add_optimizer(commands) -> None:
+    defaults = optimizer.Settings()
+    parser = commands.add_parser(
+        "optimizer",
+        help="compare ways to update parameters on the CPU",
+        description="Compare ways to update parameters on the CPU.",
+    )
+    parser.add_argument("--parameters", default=defaults.parameters, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--repetitions", default=defaults.repetitions, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print the tables."""
-    return {"data": _data, "convert": _convert, "checkpoint": _checkpoint}[arguments.bench_command](arguments)
+    commands = {"data": _data, "convert": _convert, "checkpoint": _checkpoint, "optimizer": _optimizer}
+    return commands[arguments.bench_command](arguments)
+
+
+def _optimizer(arguments: argparse.Namespace) -> int:
+    mapping = {name: getattr(arguments, name) for name in ("parameters", "repetitions")}
+    settings = read_settings(optimizer.Settings, mapping)
+    updates = optimizer.compare(settings)
+    print("\n".join(optimizer.as_lines(settings, updates)))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(optimizer.as_json(settings, updates), indent=2) + "\n", encoding="utf-8")
+    return 0
 
 
 def _convert(arguments: argparse.Namespace) -> int:
