@@ -30,8 +30,8 @@ FLOORS = {
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
 DOORS = {
-    "deepspeed": ("cpt.engine", "cpt.parallel"),
-    "transformers": ("cpt.huggingface", "cpt.data.prepare"),
+    "deepspeed": ("cpt.engine", "cpt.parallel", "cpt.benchmarks"),
+    "transformers": ("cpt.huggingface", "cpt.data.prepare", "cpt.benchmarks"),
     "triton": ("cpt_kernels",),
 }
 

@@ -6,7 +6,6 @@ what disturbs the disk disturbs all alike, and rates are held against dd's of th
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import statistics
@@ -17,12 +16,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from cpt.benchmarks.machine import alone
 from cpt.benchmarks.measure import Spread
+from cpt.benchmarks.options import option
 from cpt.benchmarks.saves import Save, Way, empty, seconds_to_load, ways
 from cpt.checkpoint import Saver
 from cpt.config import Fault, build
@@ -30,8 +30,7 @@ from cpt.engine import Engine
 from cpt.engine.settings import Batch, Optimizer
 from cpt.engine.settings import Settings as EngineSettings
 from cpt.models import llama
-from cpt.parallel.mesh import Mesh, open_mesh
-from cpt.parallel.mesh import Settings as MeshSettings
+from cpt.parallel.mesh import Mesh
 from cpt.progress import Progress
 from cpt_kernels import switch
 
@@ -41,12 +40,13 @@ _VOCABULARY = 8192
 
 @dataclass(frozen=True)
 class Settings:
-    """`gigabytes`: of masters and moments. `length`: tokens of the window that a step trains on. `peers`: take part."""
+    """What is saved, on the disk of `folder`."""
 
-    gigabytes: float = 1.0
-    repetitions: int = 5
-    length: int = 128
-    peers: bool = True
+    gigabytes: float = option(1.0, "of masters and moments")
+    repetitions: int = option(5, "turns of each way")
+    length: int = option(128, "tokens of the window that a step trains on")
+    peers: bool = option(True, "dd and ours alone")
+    folder: Path | None = option(None, "on the disk to measure; files go away again (default: /tmp)", "DIR")
 
     def faults(self) -> list[str]:
         """Nothing to save, no turn, no token."""
@@ -84,14 +84,13 @@ class Result:
     num_steps_pending: int
 
 
-def compare(settings: Settings, folder: Path | None, port: int) -> Result:
-    """Measure, in a new folder in `folder`, which goes away. Raises Fault if its disk has not room."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix="cpt-bench-") as work:
+def compare(settings: Settings) -> Result:
+    """Measure, in a new folder that goes away. Raises Fault if its disk has not room."""
+    with tempfile.TemporaryDirectory(dir=settings.folder, prefix="cpt-bench-") as work:
         needed, free = 3 * settings.gigabytes * 1e9, shutil.disk_usage(work).free
         if free < needed:
             raise Fault(f"{work}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are there")
-        place = {"rank": 0, "size": 1, "local_rank": 0, "local_size": 1, "address": "127.0.0.1", "port": port}
-        with open_mesh(MeshSettings(), **place) as mesh:
+        with alone() as mesh:
             return _measure(settings, mesh, Path(work))
 
 
@@ -227,11 +226,6 @@ def as_lines(result: Result) -> list[str]:
     lines += ["", f"| a step ({settings.length} tokens) | s |", "|---|---|"]
     lines += [f"| {name} | {_told(seconds)} |" for name, seconds in result.steps.items()]
     return lines
-
-
-def as_json(result: Result) -> dict[str, Any]:
-    """The same as plain values."""
-    return dataclasses.asdict(result)
 
 
 def _told(spread: Spread) -> str:

@@ -6,7 +6,6 @@ process of its own, in turn, with what it writes on the disk at the end (fsync).
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from cpt.benchmarks.measure import Spread
+from cpt.benchmarks.options import option
 from cpt.config import Fault, name_of_choice
 from cpt.huggingface import architectures
 from cpt.huggingface.export import write_json
@@ -86,11 +86,12 @@ for name in os.listdir(target):
 
 @dataclass(frozen=True)
 class Settings:
-    """What is converted: a name of `SHAPES`; how often; whether transformers takes part."""
+    """What is converted: a name of `SHAPES`; large files go into `folder`, then away."""
 
-    shape: str = "llama-1.1b"
-    repetitions: int = 3
-    transformers: bool = True
+    shape: str = option("llama-1.1b", f"of {', '.join(SHAPES)}", "NAME")
+    repetitions: int = option(3, "turns of each conversion")
+    transformers: bool = option(True, "leave out transformers, which holds the whole model in memory")
+    folder: Path | None = option(None, "for large files, which go away again (default: /tmp)", "DIR")
 
     def faults(self) -> list[str]:
         """Unknown shapes, and counts below what can be measured."""
@@ -108,14 +109,23 @@ class Conversion:
     peak_extra_mib: float
 
 
-def compare(settings: Settings, folder: Path | None = None) -> tuple[int, list[Conversion]]:
-    """(bytes of weights, every conversion); large files go into a new folder in `folder`, then away.
+@dataclass(frozen=True)
+class Result:
+    """What was measured; `num_bytes` are those of the weights."""
+
+    settings: Settings
+    num_bytes: int
+    conversions: list[Conversion]
+
+
+def compare(settings: Settings) -> Result:
+    """Measure every conversion, in a new folder that goes away.
 
     Raises Fault if the disk has not room for three times the weights.
     """
     model = SHAPES[settings.shape]
     num_bytes = 2 * model.num_parameters
-    with tempfile.TemporaryDirectory(dir=folder, prefix="cpt-bench-") as work:
+    with tempfile.TemporaryDirectory(dir=settings.folder, prefix="cpt-bench-") as work:
         room = shutil.disk_usage(work).free
         if room < 3 * num_bytes:
             raise Fault(f"{work}: {3 * num_bytes / 1e9:.0f} GB are needed, {room / 1e9:.0f} GB are there")
@@ -127,7 +137,7 @@ def compare(settings: Settings, folder: Path | None = None) -> tuple[int, list[C
         for _ in range(settings.repetitions):
             for name, numbers in _turn(source, tiny, settings.transformers):
                 taken.setdefault(name, []).append(numbers)
-    return num_bytes, [
+    conversions = [
         Conversion(
             name,
             Spread.of([num_bytes / 1e9 / wall for wall, _, _ in numbers]),
@@ -136,6 +146,7 @@ def compare(settings: Settings, folder: Path | None = None) -> tuple[int, list[C
         )
         for name, numbers in taken.items()
     ]
+    return Result(settings, num_bytes, conversions)
 
 
 def write_random_folder(folder: Path, model_name: str, model: Any, max_shard_bytes: int = 5 * 10**9) -> None:
@@ -221,28 +232,20 @@ def _is_same(a: Path, b: Path) -> bool:
     return subprocess.run(["cmp", "--silent", str(a), str(b)]).returncode == 0
 
 
-def as_lines(settings: Settings, num_bytes: int, conversions: Sequence[Conversion]) -> list[str]:
+def as_lines(result: Result) -> list[str]:
     """A Markdown table with a head."""
+    settings = result.settings
     lines = [
-        f"Weights: {settings.shape}, {num_bytes / 1e9:.2f} GB in bf16; median (smallest to largest) of "
+        f"Weights: {settings.shape}, {result.num_bytes / 1e9:.2f} GB in bf16; median (smallest to largest) of "
         f"{settings.repetitions} turns, fsync included",
         "",
         "| conversion | GB/s | GB a CPU second | peak extra memory |",
         "|---|---|---|---|",
     ]
-    for one in conversions:
+    for one in result.conversions:
         speeds = (
             f"{spread.median:.2f} ({spread.smallest:.2f} to {spread.largest:.2f})"
             for spread in (one.gb_per_second, one.gb_per_cpu_second)
         )
         lines.append(f"| {one.name} | {' | '.join(speeds)} | {one.peak_extra_mib:,.0f} MiB |")
     return lines
-
-
-def as_json(settings: Settings, num_bytes: int, conversions: Sequence[Conversion]) -> dict[str, Any]:
-    """The same as plain values."""
-    return {
-        "settings": dataclasses.asdict(settings),
-        "num_bytes": num_bytes,
-        "conversions": [dataclasses.asdict(one) for one in conversions],
-    }

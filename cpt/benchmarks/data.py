@@ -8,14 +8,9 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
-import platform
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +18,12 @@ import torch
 from tqdm import tqdm
 
 from cpt import __version__
-from cpt.benchmarks import ours
+from cpt.benchmarks import machine, ours
 from cpt.benchmarks.material import Material, make_material
 from cpt.benchmarks.measure import Reader, Spread, microseconds_a_sample
+from cpt.benchmarks.options import option
 from cpt.benchmarks.start_up import StartUp, measure_start_up
+from cpt.benchmarks.table import table, told
 from cpt.config import names_of_choices
 
 _log = logging.getLogger(__name__)
@@ -36,13 +33,17 @@ YARDSTICK = "megatron-core GPTDataset"
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured; `tokens`: of the text that is read, `order_tokens`: of the order whose start is timed."""
+    """What is measured, on the text of `corpus` or on random tokens; large files go into `folder`, then away."""
 
-    sequence_length: int = 2048
-    batch: tuple[int, ...] = (64, 256, 1024)
-    tokens: int = 50_000_000
-    order_tokens: int = 1_000_000_000
-    repetitions: int = 7
+    sequence_length: int = option(2048, "tokens of a sample", "S")
+    batch: tuple[int, ...] = option(
+        (64, 256, 1024), "samples at once, for readers that give batches; peers take the first", "B,B"
+    )
+    tokens: int = option(50_000_000, "length of the text that is read", shown="50M")
+    order_tokens: int = option(1_000_000_000, "of the order whose start-up is timed", shown="1B")
+    repetitions: int = option(7, "turns of each reader")
+    corpus: Path | None = option(None, "text to read (default: random tokens)", "CORPUS", is_positional=True)
+    folder: Path | None = option(None, "for large files, which go away again (default: /tmp)", "DIR")
 
     def faults(self) -> list[str]:
         """Counts below what can be measured."""
@@ -80,17 +81,17 @@ class Result:
     missing: dict[str, str]
 
 
-def compare(corpus: Path | None, settings: Settings, folder: Path | None = None) -> Result:
-    """Measure on the text of `corpus`, or on random tokens. Large files go into a new folder in `folder`, then away.
+def compare(settings: Settings) -> Result:
+    """Measure everything, in a new folder that goes away.
 
     Raises Fault if the corpus cannot be opened or is too short.
     """
-    with tempfile.TemporaryDirectory(dir=folder, prefix="cpt-bench-") as work, _one_core():
+    with tempfile.TemporaryDirectory(dir=settings.folder, prefix="cpt-bench-") as work, machine.one_core():
         _log.info("writing %s tokens", f"{settings.tokens:,}")
-        material = make_material(corpus, Path(work), settings.tokens, settings.sequence_length)
+        material = make_material(settings.corpus, Path(work), settings.tokens, settings.sequence_length)
         _warm(material)
         readers = [reader for batch in settings.batch for reader in _our_readers(material, batch)]
-        versions, missing = {"cpt-trainer": __version__, **_versions("numpy", "torch")}, {}
+        versions, missing = {"cpt-trainer": __version__, **machine.versions("numpy", "torch")}, {}
         peers = []
         for name in names_of_choices("cpt.benchmarks.peers"):
             peer = importlib.import_module(f"cpt.benchmarks.peers.{name}")
@@ -100,7 +101,7 @@ def compare(corpus: Path | None, settings: Settings, folder: Path | None = None)
                 missing[peer.PACKAGE] = reason
             else:
                 peers.append(name)
-                versions.update(_versions(peer.PACKAGE))
+                versions.update(machine.versions(peer.PACKAGE))
         _log.info("reading, %d readers in turn", len(readers))
         turns = settings.repetitions * len(readers)
         with tqdm(total=turns, unit="turn", disable=not sys.stderr.isatty()) as bar:
@@ -109,7 +110,8 @@ def compare(corpus: Path | None, settings: Settings, folder: Path | None = None)
         start_ups = measure_start_up(
             Path(work), settings.order_tokens, settings.sequence_length, settings.repetitions, peers
         )
-    return Result(_machine(), versions, settings, _rates(readers, taken), start_ups, missing)
+    told_machine = f"{machine.processor(torch.device('cpu'))}, one used; {machine.system()}"
+    return Result(told_machine, versions, settings, _rates(readers, taken), start_ups, missing)
 
 
 def _our_readers(material: Material, batch: int) -> list[Reader]:
@@ -118,7 +120,7 @@ def _our_readers(material: Material, batch: int) -> list[Reader]:
 
 def _readers_of_peer(peer, material: Material, folder: Path, batch: int) -> tuple[list[Reader], str | None]:
     """The peer's readers, or why there are none."""
-    if not _versions(peer.PACKAGE):
+    if not machine.versions(peer.PACKAGE):
         return [], f"not installed (pip install {peer.PACKAGE})"
     _log.info("preparing %s", peer.PACKAGE)
     try:
@@ -147,36 +149,37 @@ def _warm(material: Material) -> None:
         np.fromfile(f"{prefix}.bin", dtype=np.uint8)
 
 
-@contextmanager
-def _one_core() -> Iterator[None]:
-    """This process and its children on one core, with one thread in each library that asks."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    if cores:
-        os.sched_setaffinity(0, {max(cores)})
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        if cores:
-            os.sched_setaffinity(0, cores)
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _machine() -> str:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return f"{model}, {os.cpu_count()} cores, one used; Python {platform.python_version()}, {platform.system()}"
+def as_lines(result: Result) -> list[str]:
+    """Two Markdown tables with a head and notes."""
+    settings = result.settings
+    lines = [
+        f"Machine: {result.machine}",
+        f"Versions: {', '.join(f'{name} {number}' for name, number in result.versions.items())}",
+        "",
+        f"Reading shuffled samples of {settings.sequence_length} + 1 tokens out of {settings.tokens:,}, CPU time of "
+        f"one core, median (smallest to largest) of {settings.repetitions} alternating repetitions; times as fast as "
+        f"{YARDSTICK}, by repetition",
+        "",
+    ]
+    rows = [
+        (
+            rate.name,
+            str(rate.batch or 1),
+            f"{1e6 / rate.microseconds.median:,.0f}",
+            told(rate.microseconds),
+            f"{told(rate.speedup)}" if rate.speedup else "",
+        )
+        for rate in result.read_rates
+    ]
+    rows += [(package, "", reason, "", "") for package, reason in result.missing.items()]
+    lines += table(("reader", "batch", "samples/s", "microseconds a sample", "times as fast"), rows)
+    lines += ["", f"Making ready a shuffled order over {settings.order_tokens:,} tokens, CPU time", ""]
+    rows = [
+        (
+            start.name,
+            told(start.milliseconds),
+            f"{start.index_bytes / 2**20:,.1f} MiB" if start.index_bytes else "none",
+        )
+        for start in result.start_ups
+    ]
+    return lines + table(("order", "milliseconds", "index kept"), rows)

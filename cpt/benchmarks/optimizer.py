@@ -1,4 +1,4 @@
-"""AdamW's update on this machine's CPU beside the passes over memory that DeepSpeed makes of it, in plain torch.
+"""Update parameters on this machine's CPU, beside the passes over memory that DeepSpeed makes of an update.
 
     DeepSpeed's BF16_Optimizer:  norm of the gradients -> clip -> AdamW -> copy of 16 bits -> gradients to 0
 
@@ -7,14 +7,12 @@ P parameters as one flat tensor of fp32, as a ZeRO shard is.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from cpt.benchmarks.measure import Reader, Spread, microseconds_a_sample
+from cpt.benchmarks.options import option
 from cpt_kernels import adamw
 
 _CLIP = 1.0
@@ -24,8 +22,8 @@ _CLIP = 1.0
 class Settings:
     """`parameters`: in the flat tensor; many more than fit into a cache."""
 
-    parameters: int = 2**24
-    repetitions: int = 11
+    parameters: int = option(2**24, "in the flat tensor")
+    repetitions: int = option(11, "turns of each way")
 
     def faults(self) -> list[str]:
         """Numbers that leave nothing to measure."""
@@ -40,6 +38,14 @@ class Update:
     name: str
     nanoseconds_a_parameter: Spread
     times_as_fast: Spread
+
+
+@dataclass(frozen=True)
+class Result:
+    """All ways; the first is the yardstick."""
+
+    settings: Settings
+    updates: list[Update]
 
 
 class _Shard:
@@ -77,8 +83,8 @@ def _foreach(groups, learning_rate, betas, epsilon) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, foreach=True)
 
 
-def compare(settings: Settings) -> list[Update]:
-    """All ways in turn; the first is the yardstick."""
+def compare(settings: Settings) -> Result:
+    """All ways in turn."""
     around = "norm, clip, {}, copy, gradients to 0"
     ways = {
         around.format("AdamW (torch, foreach)"): (False, False),
@@ -88,7 +94,7 @@ def compare(settings: Settings) -> list[Update]:
     }
     readers = [Reader(name, _Shard(settings.parameters, *kind).update) for name, kind in ways.items()]
     taken = microseconds_a_sample(readers, settings.repetitions)
-    return [
+    updates = [
         Update(
             reader.name,
             Spread.of([each * 1e3 / settings.parameters for each in values]),
@@ -96,10 +102,12 @@ def compare(settings: Settings) -> list[Update]:
         )
         for reader, values in zip(readers, taken, strict=True)
     ]
+    return Result(settings, updates)
 
 
-def as_lines(settings: Settings, updates: Sequence[Update]) -> list[str]:
+def as_lines(result: Result) -> list[str]:
     """A Markdown table with a head."""
+    settings, updates = result.settings, result.updates
     lines = [
         f"{settings.parameters:,} parameters in fp32, {torch.get_num_threads()} thread(s); CPU time, median (smallest "
         f"to largest) of {settings.repetitions} alternating repetitions; torch {torch.__version__}",
@@ -114,8 +122,3 @@ def as_lines(settings: Settings, updates: Sequence[Update]) -> list[str]:
         )
         lines.append(f"| {update.name} | {' | '.join(told)} |")
     return lines
-
-
-def as_json(settings: Settings, updates: Sequence[Update]) -> dict[str, Any]:
-    """The same as plain values."""
-    return {"settings": dataclasses.asdict(settings), "updates": [dataclasses.asdict(one) for one in updates]}

@@ -11,7 +11,7 @@ from cpt_harness.numbered import numbered_corpus
 
 from cpt import cli
 from cpt.benchmarks import data as bench
-from cpt.benchmarks import ours
+from cpt.benchmarks import machine, ours
 from cpt.benchmarks.data import Settings, compare
 from cpt.benchmarks.material import make_material
 from cpt.benchmarks.measure import Reader, Spread, microseconds_a_sample
@@ -36,7 +36,7 @@ def no_peers(monkeypatch):
             return "1"
         raise PackageNotFoundError(package)
 
-    monkeypatch.setattr(bench, "version", version)
+    monkeypatch.setattr(machine, "version", version)
 
 
 def test_the_tables_tell_of_our_readers_and_of_absent_peers(no_peers, tmp_path, capsys):
@@ -60,7 +60,7 @@ def test_the_tables_tell_of_our_readers_and_of_absent_peers(no_peers, tmp_path, 
 
 
 def test_a_peer_that_fails_is_told_and_the_others_are_measured(no_peers, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(bench, "version", lambda package: "1")
+    monkeypatch.setattr(machine, "version", lambda package: "1")
 
     def fails(*_):
         raise RuntimeError("no such operator\nand more")
@@ -68,7 +68,7 @@ def test_a_peer_that_fails_is_told_and_the_others_are_measured(no_peers, tmp_pat
     names = ["megatron_core"]
     monkeypatch.setattr(bench, "names_of_choices", lambda folder: names)
     monkeypatch.setattr(megatron_core, "readers", fails)
-    result = compare(None, Settings(16, (2,), 20_000, 100_000, 1), tmp_path)
+    result = compare(Settings(16, (2,), 20_000, 100_000, 1, folder=tmp_path))
     assert result.missing == {"megatron-core": "failed: RuntimeError: no such operator"}
     assert len(result.read_rates) == 6
     assert "megatron-core cannot take part" in caplog.messages
@@ -140,7 +140,7 @@ def test_a_peer_reads_whole_samples_of_the_text(package, tmp_path):
     import importlib
 
     peer = importlib.import_module(f"cpt.benchmarks.peers.{package}")
-    if not bench._versions(peer.PACKAGE):
+    if not machine.versions(peer.PACKAGE):
         pytest.skip(f"{peer.PACKAGE} is not installed")
     readers = peer.readers(make_material(None, tmp_path, 40_000, 16), tmp_path, 4)
     assert all(reader.read(5) >= 5 for reader in readers)

@@ -45,5 +45,5 @@ def test_what_cannot_be_measured_is_refused(capsys):
 def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
     with pytest.raises(Fault, match=r"3.0 GB are needed, 0.0 GB are there"):
-        checkpoint.compare(checkpoint.Settings(), tmp_path, 1)
+        checkpoint.compare(checkpoint.Settings(folder=tmp_path))
     assert list(tmp_path.iterdir()) == []

@@ -33,5 +33,5 @@ def test_what_cannot_be_measured_is_refused(capsys):
 def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
     with pytest.raises(Fault, match=r"7 GB are needed, 0 GB are there"):
-        convert.compare(convert.Settings("llama-1.1b", 1), tmp_path)
+        convert.compare(convert.Settings("llama-1.1b", 1, folder=tmp_path))
     assert list(tmp_path.iterdir()) == []
