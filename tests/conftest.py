@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before torch is imported: a pool of threads made here would be lost in the ranks that the harness forks.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -17,6 +18,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Before cpt_kernels is: without a GPU its Triton kernels run in the interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")
 sys.path.insert(0, str(Path(__file__).parent / "harness"))
+# A busy machine takes a second where an idle one takes a millisecond.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

@@ -183,7 +183,7 @@ def test_reptile_tells_the_same_displacement_on_every_mesh():
 
 def test_columns_that_are_missing_are_told(saved):
     folder, _ = saved
-    checkpoint = Checkpoint(folder / folder_of(case("llama", 2, 3, tensor=2)))
+    checkpoint = Checkpoint(folder / folder_of(case("llama", 4, 1, tensor=2)))
     pieces = checkpoint._tensors["master"]["blocks.0.mlp.down.weight"]["pieces"]
     del pieces[-1]
     with pytest.raises(Fault, match=r"master of blocks.0.mlp.down.weight has 240 of the 480 elements asked for"):

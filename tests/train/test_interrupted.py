@@ -161,18 +161,18 @@ def test_a_stop_where_an_evaluation_is_due_saves_first_and_the_evaluation_is_mad
     run = tmp_path / "run"
 
     def killed_in_evaluation(num_scored: int) -> None:
-        from cpt.train import _Loop
+        from cpt.run.scoring import Scoring
 
-        score = _Loop._score
+        score = Scoring._score
 
-        def score_or_die(loop, progress, *others, **named):
+        def score_or_die(scoring, progress, *others, **named):
             if progress.step == step + 1:
-                loop.held_out = dict(list(loop.held_out.items())[:num_scored])
-                score(loop, progress, *others, **named)
+                scoring.held_out = dict(list(scoring.held_out.items())[:num_scored])
+                score(scoring, progress, *others, **named)
                 os._exit(9)
-            return score(loop, progress, *others, **named)
+            return score(scoring, progress, *others, **named)
 
-        _Loop._score = score_or_die
+        Scoring._score = score_or_die
 
     def stop_and_die() -> None:
         runs.ask_to_stop_at(step)()
