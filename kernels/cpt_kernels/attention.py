@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cpt_kernels import attention_others, attention_triton
 from cpt_kernels.documents import Documents
+from cpt_kernels.language import why_not
+from cpt_kernels.self_check import difference
 
 # Measured with one thread of an AVX-512 CPU, forward and backward, B x H = 32, K = 32: at 128 positions in bf16 torch's
 # fused attention took 10.0 ms and the plain one 3.8 ms; at 512 both took 48 ms; in fp32 the fused one always won.
@@ -21,6 +24,9 @@ _LONGEST_FOR_PLAIN_ON_CPU = 256
 # windows of 256 take 9 instead of 18. In fp32 parting lost where it saves up to 10,000 scores for each further call and
 # won from 24,000 on, in bf16 it won from 10,000 on.
 _SCORES_IN_THE_TIME_OF_A_CALL = 2**14
+# Blocks of all kinds: whole ones, on the diagonal, with the beginning of a document in them, the last not full.
+_POSITIONS_OF_A_CHECK = 393
+_WIDTHS_OF_A_CHECK = (64, 80, 128)
 
 
 def plain(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents | None = None) -> Tensor:
@@ -100,11 +106,70 @@ def _part_by_part(queries: Tensor, keys: Tensor, values: Tensor, documents: Docu
     return torch.cat(mixed).view(queries.shape).to(queries.dtype)
 
 
-TWINS: dict[str, Callable[..., Tensor]] = {"plain": plain, "torch": fused}
+def triton(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents | None = None) -> Tensor:
+    """The same through Triton: time follows the squares of the documents' lengths, the same bits every time.
+
+    float64 and heads of more than 256 entries are left to `fused`.
+    """
+    if not attention_triton.serves(queries):
+        return fused(queries, keys, values, documents)
+    return attention_triton.within_documents(queries, keys, values, documents)
+
+
+def triton_in_documents(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents | None = None) -> Tensor:
+    """`triton` within documents, of what `check` has tried; all else through torch, whose kernels are faster there."""
+    is_whole = documents is None or documents.are_windows
+    is_tried = queries.dtype is torch.bfloat16 and attention_triton.columns_for(queries.shape[-1]) in (64, 128)
+    return (
+        triton(queries, keys, values, documents)
+        if is_tried and not is_whole
+        else fused(queries, keys, values, documents)
+    )
+
+
+def flash_in_documents(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents | None = None) -> Tensor:
+    """`flash` within documents, torch without."""
+    is_whole = documents is None or documents.are_windows
+    return (fused if is_whole else attention_others.flash)(queries, keys, values, documents)
+
+
+TWINS: dict[str, Callable[..., Tensor]] = {
+    "plain": plain,
+    "torch": fused,
+    "triton": triton,
+    "cudnn": attention_others.cudnn,
+    "flash": attention_others.flash,
+    "flex": attention_others.flex,
+}
+WHY_NOT: dict[str, Callable[[torch.device], str | None]] = attention_others.WHY_NOT
+THROUGH_TRITON: tuple[Callable[..., Tensor], ...] = (triton_in_documents,)
 
 
 def face(device: torch.device) -> tuple[Callable[..., Tensor], str]:
     """What serves on this device when nothing is asked for, and why."""
     if device.type == "cpu":
         return by_length, f"plain to {_LONGEST_FOR_PLAIN_ON_CPU} positions in bf16, else torch (each the faster there)"
-    return fused, "torch (scaled_dot_product_attention picks the fastest it has)"
+    whole = "torch (scaled_dot_product_attention picks the fastest it has)"
+    if device.type != "cuda":
+        return fused, whole
+    if WHY_NOT["flash"](device) is None:
+        return flash_in_documents, f"flash within documents, {whole} without"
+    reason = why_not(device)
+    if reason is not None:
+        return fused, f"{whole}; within documents through a mask, in the time of whole windows ({reason})"
+    return triton_in_documents, f"triton within documents (flash-attn is not installed), {whole} without"
+
+
+def check(device: torch.device) -> str | None:
+    """What is wrong with the Triton twin on this device, against `plain` on small random inputs; None if nothing is."""
+    positions = _POSITIONS_OF_A_CHECK
+    documents = Documents.from_starts(torch.arange(2 * positions).view(2, positions) % 131 == 0).to(device)
+    for width in _WIDTHS_OF_A_CHECK:
+        shapes = [(2, positions, 2, width), (2, positions, 1, width), (2, positions, 1, width)]
+        fault = difference(
+            lambda q, k, v: triton(q, k, v, documents), lambda q, k, v: plain(q, k, v, documents),
+            shapes, torch.bfloat16, device,
+        )  # fmt: skip
+        if fault:
+            return f"{fault}, in heads of {width} entries"
+    return None

@@ -67,6 +67,20 @@ class Documents:
         return (is_same & (places <= places[:, None]))[:, None]
 
     @cached_property
+    def begins(self) -> Tensor:
+        """Position in its window at which the document of each token begins, int32 [B, S]."""
+        places = torch.arange(self.positions.shape[1], device=self.positions.device)
+        return (places - self.positions).to(torch.int32)
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """Position in its window before which the document of each token ends, int32 [B, S]."""
+        windows, length = self.positions.shape
+        places = torch.arange(windows * length, dtype=torch.int32, device=self.positions.device)
+        following = self.cu_seqlens[torch.searchsorted(self.cu_seqlens, places, right=True)]
+        return (following - places // length * length).view(windows, length)
+
+    @cached_property
     def runs(self) -> list[tuple[int, int]]:
         """(documents, tokens of each) for each run of neighbours of one length, in order. Waits for a GPU."""
         lengths = self.cu_seqlens.diff().tolist()

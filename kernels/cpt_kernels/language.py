@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 try:
     import triton
@@ -35,6 +36,7 @@ class Variant:
     out at a launch ("*bf16:16" for any tensor that torch allocated). constants: the others by name (an integer
     argument that is 1 is one of them to Triton: a stride of 1 belongs here). capabilities: the GPUs that are given this
     form. uses_tensor_cores: whether there is a product in it that must not fall back to plain arithmetic.
+    most_spilled_bytes: what a thread may keep in memory for want of registers.
     """
 
     kernel: Any
@@ -44,6 +46,7 @@ class Variant:
     num_stages: int = 3
     capabilities: tuple[int, ...] = (80, 90)
     uses_tensor_cores: bool = False
+    most_spilled_bytes: int = 0
 
 
 def jit(function: Callable) -> Any:
@@ -59,6 +62,20 @@ def why_not(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"Triton has no {device.type}"
+    if not torch.cuda.is_available():
+        return "there is no GPU"
     if torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
         return "the GPU is older than sm_80"
     return None
+
+
+def told() -> str:
+    """Which Triton there is: a few words for the log."""
+    if triton is None:
+        return "without Triton"
+    return f"Triton {triton.__version__}{', interpreted' if IS_INTERPRETED else ''}"
+
+
+def with_near_columns(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy of it if entries of its last dimension are not neighbours in memory."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -26,6 +26,9 @@ def test_two_windows_by_hand():
     assert documents.runs == [(1, 3), (1, 2), (1, 1), (1, 4), (1, 2)]
     assert documents.num_visible == 9 + 4 + 1 + 16 + 4
     assert not documents.are_windows
+    assert documents.begins.tolist() == [[0, 0, 0, 3, 3, 5], [0, 0, 0, 0, 4, 4]]
+    assert documents.ends.tolist() == [[3, 3, 3, 5, 5, 6], [4, 4, 4, 4, 6, 6]]
+    assert (documents.begins.dtype, documents.ends.dtype) == (torch.int32, torch.int32)
 
 
 def test_what_a_query_may_look_at_by_hand():
@@ -75,6 +78,9 @@ def test_positions_lengths_and_visibility_are_those_of_a_walk_over_the_tokens(wi
     same = torch.tensor(numbers).view(windows, 1, length)
     expected = (same == same.mT) & torch.ones(length, length, dtype=torch.bool).tril()
     assert torch.equal(documents.is_visible[:, 0], expected)
+    of_windows = [numbers[window * length : (window + 1) * length] for window in range(windows)]
+    assert documents.begins.tolist() == [[row.index(n) for n in row] for row in of_windows]
+    assert documents.ends.tolist() == [[row.index(n) + row.count(n) for n in row] for row in of_windows]
     assert documents.num_visible == sum(numbers.count(n) ** 2 for n in range(number + 1))
 
 
