@@ -21,7 +21,7 @@ from pathlib import Path
 from torch import nn
 
 from cpt.checkpoint import Place, RunFolder
-from cpt.config import beside, build
+from cpt.config import Fault, beside, build
 from cpt.data.check import open_corpora
 from cpt.data.loader import Batch, Loader
 from cpt.data.order import StageOrder
@@ -81,6 +81,8 @@ def train(run: Run, mesh: Mesh, why_orphaned: Callable[[], str | None] = lambda:
         held_out = held_out_of(run)
         refuse_bad_stages(run, place)
         refuse_broken(run.compile, mesh.device)
+        if faults := run.kernels.faults_on(mesh.device):
+            raise Fault(f"kernels.{line}" for line in faults)
     kernels = switch.choose(run.kernels, mesh.device)
     cuts = beside(run.model, "CUTS")
     blocks = run.blocks_of_parts[mesh.pipeline.rank]

@@ -57,7 +57,8 @@ def tell_what_was_built(run: Run, mesh: Mesh, model: Any, kernels: switch.Kernel
         is_shared = run.mesh.shares_norms(run.sequence_length)
         _log.info("norms and residual stream: %s on each tensor rank", "some positions" if is_shared else "whole")
         told = {**told, "cross_entropy": "vocabulary-parallel (always, with mesh.tensor)"}
-    _log.info("kernels: %s", "; ".join(f"{operation}: {twin}" for operation, twin in told.items()))
+    told = "; ".join(f"{operation}: {twin}" for operation, twin in told.items())
+    _log.info("kernels on %s: %s", kernels.here, told)
     if run.recompute.mode != "none" or run.compile.blocks:
         blocks = "all blocks" if run.recompute.blocks is None else f"the first {run.recompute.blocks} block(s)"
         _log.info("computed again in the backward pass: %s in %s; compiled: %s", run.recompute.mode, blocks, compiled)

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
-from cpt_kernels import Settings, attention, choose, cross_entropy, rms_norm
+from cpt_kernels import Settings, attention, choose, cross_entropy, language, rms_norm, rotary, switch
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 OPERATIONS = {"attention", "rms_norm", "layer_norm", "rotary", "swiglu", "gelu", "cross_entropy", "adamw"}
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """As if there were a GPU: to be asked, not to be used."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "A GPU")
+    monkeypatch.setattr(language, "IS_INTERPRETED", False)
+    monkeypatch.setattr(language, "triton", language.triton or torch)
+    for file in switch._OPERATIONS.values():
+        monkeypatch.setattr(file, "check", lambda device: None, raising=False)
 
 
 def test_every_operation_is_served_and_told():
     kernels = choose(Settings(), CPU)
     assert set(kernels.told) == OPERATIONS
     assert all(kernels.told.values())
+
+
+def test_on_a_cpu_nothing_goes_through_triton_unasked():
+    assert not any(told.startswith("triton") for told in choose(Settings(), CPU).told.values())
 
 
 def test_a_twin_that_is_asked_for_serves():
@@ -31,15 +49,106 @@ def test_all_plain_overrides_every_single_choice():
     assert all(told == "plain (asked for)" for told in kernels.told.values())
 
 
+def test_all_triton_takes_the_twins_of_triton_where_there_are(hopper):
+    kernels = choose(Settings(all="triton", attention="torch", adamw="plain"), CUDA)
+    for operation, file in switch._OPERATIONS.items():
+        told = kernels.told[operation]
+        assert told == "triton (asked for)" or "triton" not in file.TWINS
+    assert kernels.attention is attention.triton and kernels.rotary is rotary.triton
+
+
 def test_unknown_twins_are_told_all_at_once_with_the_known_ones():
     with pytest.raises(ValueError) as raised:
         choose(Settings(attention="flash9", all="torch"), CPU)
     assert str(raised.value).splitlines() == [
-        "kernels.attention = flash9 is not known; use auto, plain, torch",
-        "kernels.all = torch is not known; use auto, plain",
+        "kernels.attention = flash9 is not known; use auto, plain, torch, triton, cudnn, flash, flex",
+        "kernels.all = torch is not known; use auto, plain, triton",
     ]
 
 
-def test_the_switch_makes_the_same_choice_on_a_gpu_without_asking_it():
-    kernels = choose(Settings(), torch.device("cuda"))
-    assert kernels.attention is attention.fused
+def test_twins_that_cannot_serve_here_are_told_all_at_once_with_those_that_can(monkeypatch):
+    monkeypatch.setattr(language, "IS_INTERPRETED", False)
+    monkeypatch.setattr(language, "triton", language.triton or torch)
+    with pytest.raises(ValueError) as raised:
+        choose(Settings(attention="triton", rotary="triton"), CPU)
+    assert str(raised.value).splitlines() == [
+        "kernels.attention = triton cannot serve on cpu: Triton has no cpu; use auto, plain or torch",
+        "kernels.rotary = triton cannot serve on cpu: Triton has no cpu; use auto or plain",
+    ]
+    assert Settings(all="triton").faults_on(CPU) == [
+        "all = triton cannot serve on cpu: Triton has no cpu; use auto or plain"
+    ]
+    assert Settings(all="plain", attention="triton").faults_on(CPU) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("triton", None), "Triton is not installed"),
+        (("capability", (7, 5)), "the GPU is older than sm_80"),
+        (("is_available", False), "there is no GPU"),
+    ],
+)
+def test_what_keeps_triton_from_a_gpu_is_told(hopper, monkeypatch, change, reason):
+    name, value = change
+    if name == "triton":
+        monkeypatch.setattr(language, "triton", value)
+    elif name == "capability":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: value)
+    else:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: value)
+    (line,) = Settings(rotary="triton").faults_on(CUDA)
+    assert line == f"rotary = triton cannot serve on cuda: {reason}; use auto or plain"
+    assert choose(Settings(), CUDA).told["rotary"] == f"plain ({reason})"
+
+
+def test_on_a_gpu_what_passes_its_check_serves(hopper):
+    kernels = choose(Settings(), CUDA)
+    assert kernels.attention is attention.triton_in_documents
+    assert kernels.rotary is rotary.triton
+    assert kernels.told["attention"].startswith("triton within documents (flash-attn is not installed), torch")
+    assert kernels.here.startswith("A GPU, sm_90, ")
+
+
+@pytest.mark.parametrize("way", ["tells", "raises"])
+def test_on_a_gpu_what_fails_its_check_is_replaced_and_warned_of(hopper, way, monkeypatch, caplog):
+    def check(device: torch.device) -> str:
+        if way == "tells":
+            return "output in bfloat16 is off by 3.0e-01 of its largest entry"
+        raise RuntimeError("output in bfloat16 is off by 3.0e-01 of its largest entry\nand a long trace")
+
+    monkeypatch.setattr(attention, "check", check)
+    monkeypatch.setattr(rotary, "check", check)
+    with caplog.at_level(logging.WARNING):
+        kernels = choose(Settings(), CUDA)
+    assert kernels.attention is attention.fused and kernels.rotary is rotary.plain
+    told = ("" if way == "tells" else "RuntimeError: ") + "output in bfloat16 is off by 3.0e-01 of its largest entry"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"kernels.{name}: Triton's twin is not used, it failed its check on cuda: {told}"
+        for name in ("attention", "rotary")
+    ]
+    assert kernels.told["attention"] == f"torch (Triton's twin failed its check here: {told})"
+
+
+def test_a_twin_that_is_asked_for_is_not_checked(hopper, monkeypatch):
+    monkeypatch.setattr(rotary, "check", None)
+    assert choose(Settings(rotary="triton"), CUDA).rotary is rotary.triton
+
+
+def test_the_interpreter_serves_only_when_asked(hopper, monkeypatch, caplog):
+    monkeypatch.setattr(language, "IS_INTERPRETED", True)
+    kernels = choose(Settings(), CUDA)
+    assert kernels.rotary is rotary.plain and kernels.attention is attention.fused
+    assert kernels.told["rotary"] == "plain (Triton is interpreted, which is for tests)"
+    assert caplog.records == []
+
+
+def test_the_switch_makes_a_choice_for_a_gpu_where_there_is_none(monkeypatch):
+    kernels = choose(Settings(), CUDA)
+    assert kernels.attention in (attention.fused, attention.triton_in_documents, attention.flash_in_documents)
+
+
+def test_what_there_is_is_told(monkeypatch):
+    assert choose(Settings(), CPU).here.startswith("cpu, ")
+    monkeypatch.setattr(language, "triton", None)
+    assert choose(Settings(), CPU).here == "cpu, without Triton"

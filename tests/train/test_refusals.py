@@ -154,6 +154,13 @@ def test_what_is_wrong_with_a_later_stage_is_told_before_the_first_begins(data, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_kernel_that_the_device_cannot_run_is_told_with_those_that_it_can(config, tmp_path, ranks):
+    told = refused(config, "kernels.attention=flash", ranks=ranks)
+    assert "kernels.attention = flash cannot serve on cpu: it needs a CUDA device; use auto, plain, torch" in told
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_batch_that_cannot_be_cut_is_told_once_by_one_of_the_ranks(config, tmp_path):
     told = refused(config, "batch.windows=9", "batch.micro_batch=null", ranks=2)
     assert "batch.windows = 9 cannot be cut over 2 ranks" in told
