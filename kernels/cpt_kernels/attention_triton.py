@@ -161,6 +161,8 @@ def _backward(ctx, grads: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]
 
 
 attend.register_autograd(_backward, setup_context=_keep)
+# As torch's dispatcher knows it, for who keeps its results.
+ATTEND = torch.ops.cpt_kernels.attend.default
 
 
 def _num_programs(positions: int, rows: int, num_heads: int) -> int:

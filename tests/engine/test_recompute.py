@@ -18,7 +18,7 @@ from cpt.config import Fault, build, read_settings
 from cpt.models.layers.blocks import prepare_blocks
 from cpt.models.layers.compiled import Settings as Compile
 from cpt.models.layers.recompute import Settings
-from cpt_kernels import choose, switch
+from cpt_kernels import attention_kernels, choose, language, switch
 
 NUM_STEPS = 10
 SETTINGS = {"selective": Settings("selective"), "full, two of three": Settings("full", blocks=2)}
@@ -129,6 +129,37 @@ def test_full_keeps_less_than_selective_and_selective_less_than_none(name):
     kept = {mode: bytes_kept(Settings(mode), name) for mode in ("none", "selective", "full")}
     assert kept["full"] < 0.5 * kept["selective"], kept
     assert kept["selective"] < 0.8 * kept["none"], kept
+
+
+class _Counted:
+    """A Triton kernel, and how often it was launched."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid):
+        self.launches += 1
+        return self.kernel[grid]
+
+
+@pytest.mark.skipif(bool(language.why_not(torch.device("cpu"))), reason="Triton's kernels do not run on this CPU")
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_attention_by_triton_is_kept_by_selective_and_computed_again_by_full(is_compiled, monkeypatch):
+    counted = _Counted(attention_kernels.forward)
+    monkeypatch.setattr(attention_kernels, "forward", counted)
+    gradients, launches = [], []
+    for mode in ("none", "selective", "full"):
+        kernels = choose(switch.Settings(attention="triton"), torch.device("cpu"))
+        model = build(dataclasses.replace(MODELS["llama"], layers=1, longest_sequence=7), "Model", kernels)
+        model.initialise(1)
+        prepare_blocks(model, Settings(mode), Compile(blocks=is_compiled, backend="aot_eager"))
+        counted.launches = 0
+        model(torch.arange(7)[None], torch.arange(7)[None]).mean().backward()
+        launches.append(counted.launches)
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert launches == [1, 1, 2]
+    for other in gradients[1:]:
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(gradients[0], other, strict=True))
 
 
 def test_the_fewer_blocks_the_more_is_kept():

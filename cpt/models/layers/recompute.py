@@ -24,6 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from cpt_kernels import attention_triton
+
 # `bmm` is not among them: the scores of an attention that is written out are S x S, which is what recomputing is for.
 _KEPT = [
     torch.ops.aten.mm.default,
@@ -32,6 +34,7 @@ _KEPT = [
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    attention_triton.ATTEND,
 ]
 
 
