@@ -21,7 +21,7 @@ from pathlib import Path
 from torch import nn
 
 from cpt.checkpoint import Place, RunFolder
-from cpt.config import Fault, beside, build
+from cpt.config import beside, build
 from cpt.data.check import open_corpora
 from cpt.data.loader import Batch, Loader
 from cpt.data.order import StageOrder
@@ -42,12 +42,12 @@ from cpt.parallel.together import alike, together
 from cpt.progress import Progress
 from cpt.run import Run, Stage
 from cpt.run.beginning import TrainingError, open_gate, scores_of_parent, weights_of_folder, where_to_begin
+from cpt.run.kernels import kernels_for
 from cpt.run.opening import prepare_folder, tell_what_was_built
 from cpt.run.raising import with_replay_raised
 from cpt.run.saving import Saving
 from cpt.run.scoring import Scoring
 from cpt.run.stages import corpora_of, held_out_of, order_of, refuse_bad_stages
-from cpt_kernels import switch
 
 _log = logging.getLogger(__name__)
 
@@ -81,9 +81,7 @@ def train(run: Run, mesh: Mesh, why_orphaned: Callable[[], str | None] = lambda:
         held_out = held_out_of(run)
         refuse_bad_stages(run, place)
         refuse_broken(run.compile, mesh.device)
-        if faults := run.kernels.faults_on(mesh.device):
-            raise Fault(f"kernels.{line}" for line in faults)
-    kernels = switch.choose(run.kernels, mesh.device)
+    kernels = kernels_for(run.kernels, mesh)
     cuts = beside(run.model, "CUTS")
     blocks = run.blocks_of_parts[mesh.pipeline.rank]
     shares_norms = run.mesh.shares_norms(run.sequence_length)
