@@ -127,10 +127,16 @@ def triton_in_documents(queries: Tensor, keys: Tensor, values: Tensor, documents
     )
 
 
+def flash(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents | None = None) -> Tensor:
+    """The same through flash-attn (see cpt_kernels.attention_others); what it is not made for, through `fused`."""
+    serving = attention_others.flash if attention_others.flash_serves(queries) else fused
+    return serving(queries, keys, values, documents)
+
+
 def flash_in_documents(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents | None = None) -> Tensor:
     """`flash` within documents, torch without."""
     is_whole = documents is None or documents.are_windows
-    return (fused if is_whole else attention_others.flash)(queries, keys, values, documents)
+    return (fused if is_whole else flash)(queries, keys, values, documents)
 
 
 TWINS: dict[str, Callable[..., Tensor]] = {
@@ -138,7 +144,7 @@ TWINS: dict[str, Callable[..., Tensor]] = {
     "torch": fused,
     "triton": triton,
     "cudnn": attention_others.cudnn,
-    "flash": attention_others.flash,
+    "flash": flash,
     "flex": attention_others.flex,
 }
 WHY_NOT: dict[str, Callable[[torch.device], str | None]] = attention_others.WHY_NOT

@@ -50,7 +50,7 @@ def cudnn(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents | 
 def flash(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents | None = None) -> Tensor:
     """By flash-attn 3 or 2, in time that follows the squares of the documents' lengths; the same bits every time.
 
-    fp16 and bf16 only, heads of up to 256 entries: what is beyond raises what flash-attn says of it.
+    For queries that `flash_serves`.
     Source: Dao 2023, arXiv:2307.08691; Shah et al. 2024, arXiv:2407.08608.
     """
     library = _flash_attn(queries.device)
@@ -68,6 +68,12 @@ def flash(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents | 
         )
     # Some releases of version 3 give (mixed, logsums).
     return (mixed[0] if isinstance(mixed, tuple) else mixed).view(queries.shape)
+
+
+def flash_serves(queries: Tensor) -> bool:
+    """Whether flash-attn is made for such queries: heads of 8, 16, ... 256 entries in fp16 or bf16."""
+    width = queries.shape[-1]
+    return queries.dtype in (torch.float16, torch.bfloat16) and width <= 256 and width % 8 == 0
 
 
 def flex(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents | None = None) -> Tensor:

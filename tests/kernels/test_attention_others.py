@@ -140,8 +140,17 @@ def test_version_3_of_flash_attn_serves_on_hopper_alone(capability, serving, mon
 
 
 def test_flash_attn_serves_within_documents_unasked_where_it_is(flash_attn):
-    inputs, documents = inputs_of(2, 20), documents_of([15, 5, 1, 19], 2)
+    inputs, documents = [x.bfloat16() for x in inputs_of(2, 20)], documents_of([15, 5, 1, 19], 2)
     attention.flash_in_documents(*inputs)
     assert flash_attn.calls == []
     attention.flash_in_documents(*inputs, documents)
     assert len(flash_attn.calls) == 1
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 8), (torch.bfloat16, 12), (torch.bfloat16, 264)])
+def test_what_flash_attn_is_not_made_for_is_left_to_torch(flash_attn, dtype, width):
+    inputs = [random(2, 20, 2, width, seed=seed, dtype=dtype) for seed in (1, 2, 3)]
+    documents = documents_of([15, 5, 1, 19], 2)
+    for serving in (attention.flash, attention.flash_in_documents):
+        assert torch.equal(serving(*inputs, documents), attention.fused(*inputs, documents))
+    assert flash_attn.calls == []
