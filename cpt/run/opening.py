@@ -14,6 +14,7 @@ from cpt.lineage import tree
 from cpt.parallel.mesh import Mesh
 from cpt.run.settings import Run
 from cpt_kernels import switch
+from cpt_kernels.cross_entropy import of_a_slice
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ def tell_what_was_built(run: Run, mesh: Mesh, model: Any, kernels: switch.Kernel
     if mesh.tensor.size > 1:
         is_shared = run.mesh.shares_norms(run.sequence_length)
         _log.info("norms and residual stream: %s on each tensor rank", "some positions" if is_shared else "whole")
-        told = {**told, "cross_entropy": "vocabulary-parallel (always, with mesh.tensor)"}
+        slices = of_a_slice(kernels.linear_cross_entropy).name
+        told = {**told, "cross_entropy": f"vocabulary-parallel (always, with mesh.tensor), {slices} on each slice"}
     told = "; ".join(f"{operation}: {twin}" for operation, twin in told.items())
     _log.info("kernels on %s: %s", kernels.here, told)
     if run.recompute.mode != "none" or run.compile.blocks:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from cpt_kernels.language import Variant, jit, tl
+from cpt_kernels.language import Variant, is_left_to_torch, jit, tl
 from cpt_kernels.self_check import difference
 
 # Of a program, 16 a thread: two loads of 16 bytes from each tensor.
@@ -42,11 +42,11 @@ def fused(hidden: Tensor, is_tanh: bool = False) -> Tensor:
 
 
 def triton(hidden: Tensor, is_tanh: bool = False) -> Tensor:
-    """The same, one Triton kernel each way; float64 is left to `plain`.
+    """The same, one Triton kernel each way. Left to `plain`: float64, and what torch.compile traces.
 
     Keeps its input alone. Bytes an entry of 2 bytes: 4 forward, 6 backward.
     """
-    return plain(hidden, is_tanh) if hidden.dtype is torch.float64 else _Gelu.apply(hidden, is_tanh)
+    return plain(hidden, is_tanh) if is_left_to_torch(hidden) else _Gelu.apply(hidden, is_tanh)
 
 
 class _Gelu(torch.autograd.Function):

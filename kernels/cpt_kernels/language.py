@@ -79,3 +79,11 @@ def told() -> str:
 def with_near_columns(tensor: Tensor) -> Tensor:
     """`tensor`, or a copy of it if entries of its last dimension are not neighbours in memory."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def is_left_to_torch(tensor: Tensor) -> bool:
+    """Whether a twin of a few operations entry by entry leaves them to torch: float64, and what torch.compile traces.
+
+    The compiler fuses them with what is around them, and cannot look into a kernel.
+    """
+    return tensor.dtype is torch.float64 or torch.compiler.is_compiling()

@@ -33,6 +33,7 @@ class OfLogits:
     add_product(total [R, D], left [t, R], right [t, D]): total += left^T right.
     """
 
+    name: str
     statistics: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     gradient: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
     add_product: Callable[[Tensor, Tensor, Tensor], None]
@@ -157,9 +158,9 @@ def _add_product_in_place(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.T.to(total.dtype), right.to(total.dtype))
 
 
-PLAIN = OfLogits(_statistics, _gradient, _add_product)
+PLAIN = OfLogits("plain", _statistics, _gradient, _add_product)
 # No float64.
-TRITON = OfLogits(_triton_statistics, _triton_gradient, _add_product_in_place)
+TRITON = OfLogits("triton", _triton_statistics, _triton_gradient, _add_product_in_place)
 
 
 def _block(rows: int) -> int:

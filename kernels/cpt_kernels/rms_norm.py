@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cpt_kernels import norms
-from cpt_kernels.language import why_not
+from cpt_kernels.language import is_left_to_torch, why_not
 from cpt_kernels.self_check import difference
 
 # What it gives: the normal, and with a residual (normal, sum).
@@ -43,8 +43,11 @@ def fused(hidden: Tensor, weight: Tensor, epsilon: float, residual: Tensor | Non
 
 
 def triton(hidden: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None) -> Outcome:
-    """The same, one Triton kernel forward and one backward, the residual sum in it; float64 is left to `plain`."""
-    if hidden.dtype is torch.float64:
+    """The same, one Triton kernel forward and one backward, the residual sum in it.
+
+    Left to `plain`: float64, and what torch.compile traces.
+    """
+    if is_left_to_torch(hidden):
         return plain(hidden, weight, epsilon, residual)
     return norms.norm(hidden, residual, weight, None, epsilon)
 

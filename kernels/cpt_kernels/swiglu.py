@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from cpt_kernels.language import Variant, jit, tl, why_not
+from cpt_kernels.language import Variant, is_left_to_torch, jit, tl, why_not
 from cpt_kernels.self_check import difference
 
 # Of a program, 16 a thread: two loads of 16 bytes from each tensor.
@@ -28,11 +28,12 @@ def plain(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def triton(gate: Tensor, up: Tensor) -> Tensor:
-    """The same in fp32 and rounded once, one Triton kernel each way; float64 is left to `plain`.
+    """The same in fp32 and rounded once, one Triton kernel each way.
 
-    Keeps its inputs alone. Bytes an entry of 2 bytes: 6 forward, 10 backward.
+    Keeps its inputs alone. Bytes an entry of 2 bytes: 6 forward, 10 backward. Left to `plain`: float64, and what
+    torch.compile traces.
     """
-    return plain(gate, up) if gate.dtype is torch.float64 else _SwiGLU.apply(gate, up)
+    return plain(gate, up) if is_left_to_torch(gate) else _SwiGLU.apply(gate, up)
 
 
 class _SwiGLU(torch.autograd.Function):
