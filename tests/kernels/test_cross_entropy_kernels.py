@@ -205,6 +205,17 @@ def test_a_slice_of_the_vocabulary_gives_its_part_of_both_statistics_and_of_the_
     close(torch.cat(parts, dim=1), wide.grad, torch.float32)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_logits_that_rise_or_fall_along_the_vocabulary_have_their_log_sum_exp(device):
+    rising = torch.linspace(-50, 50, 9001, device=device)
+    scores = torch.stack((rising, rising.flip(0), 1000 * rising, torch.zeros_like(rising)))
+    places = torch.tensor([0, 4500, 9000, -1], device=device)
+    logsumexps, chosen = logits.TRITON.statistics(scores, places)
+    for mine, theirs in zip(logsumexps, scores.double().logsumexp(-1), strict=True):
+        close(mine, theirs, torch.float32)
+    assert torch.equal(chosen, torch.stack((scores[0, 0], scores[1, 4500], scores[2, 9000], chosen.new_zeros(()))))
+
+
 def test_an_empty_slice_has_no_statistics_and_no_gradients():
     hidden, weight, places = torch.ones(4, 3), torch.ones(0, 3), torch.full((4,), -1)
     for by in (logits.PLAIN, logits.TRITON):
