@@ -17,8 +17,8 @@ SHELVES = {"cpt": ROOT, "cpt_kernels": ROOT / "kernels", "cpt_launcher": ROOT / 
 
 FLOORS = {
     9: ["cpt.cli"],
-    8: ["cpt_launcher", "cpt.versions"],
-    7: ["cpt.train", "cpt.planning", "cpt.report", "cpt.benchmarks"],
+    8: ["cpt_launcher", "cpt.versions", "cpt.benchmarks"],
+    7: ["cpt.train", "cpt.planning", "cpt.report"],
     6: ["cpt.run"],
     5: ["cpt.engine"],
     4: ["cpt.methods", "cpt.checkpoint", "cpt.huggingface", "cpt.evaluation"],

@@ -6,6 +6,7 @@ megatron-core, litdata, mosaicml-streaming, datasets.
 `cpt bench checkpoint` saves while a model trains, beside dd, torch.distributed.checkpoint and DeepSpeed's own save.
 `cpt bench optimizer` updates a shard on the CPU, beside the passes over memory that DeepSpeed makes of an update.
 `cpt bench kernels` times each operation of a step: our twins, torch.compile and each library that is installed.
+`cpt bench step` times whole training steps: ours, and transformers' models under the same DeepSpeed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 from pathlib import Path
 from types import ModuleType
 
-from cpt.benchmarks import checkpoint, convert, data, kernels, optimizer
+from cpt.benchmarks import checkpoint, convert, data, kernels, optimizer, step
 from cpt.benchmarks.options import add_options, given_options
 from cpt.benchmarks.table import around_region, write_region
 from cpt.config import read_settings
@@ -31,6 +32,7 @@ _BENCHES: dict[str, ModuleType] = {
     "checkpoint": checkpoint,
     "optimizer": optimizer,
     "kernels": kernels,
+    "step": step,
 }
 
 

@@ -105,7 +105,7 @@ def of_folder(folder: Path, in_layers: bool) -> Forward:
     if in_layers:
         model = _built_on_no_memory(folder)
         tensors = stored_files(folder).tensors
-        stored = {in_memory: tensors[name] for name, in_memory in _names_in_memory(model, tensors).items()}
+        stored = {in_memory: tensors[name] for name, in_memory in names_in_memory(model, tensors).items()}
         _check_names(folder, model, stored)
         return Forward(model, model.get_output_embeddings(), stored.__getitem__)
     model = _loaded(folder)
@@ -144,7 +144,7 @@ def _built_on_no_memory(folder: Path) -> nn.Module:
     return model
 
 
-def _names_in_memory(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
+def names_in_memory(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
     """Their name of each tensor in files -> in memory, where transformers calls some of them otherwise."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

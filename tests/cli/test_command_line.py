@@ -156,3 +156,10 @@ def test_a_broken_pipe_of_another_kind_is_no_success(lineage_raises, capfd):
     lineage_raises(BrokenPipeError(32, "Broken pipe"))
     with pytest.raises(BrokenPipeError):
         cli.main(["lineage", "x"])
+
+
+def test_the_command_runs_as_a_module_where_nothing_is_installed():
+    done = subprocess.run(
+        [sys.executable, "-m", "cpt.cli", "--version"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, f"cpt {__version__}\n"), done.stderr
