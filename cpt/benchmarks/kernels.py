@@ -127,9 +127,11 @@ def compare(settings: Settings) -> Result:
                 else:
                     measured = measured_ways(operations[name], ways, size, dtype, device, settings.repetitions)
                 results.append(_with_floor(operations[name], size, dtype, bandwidth, rate, measured))
-                torch.compiler.reset()
-                gc.collect()
-                torch.cuda.empty_cache()
+                if settings.compile:
+                    torch.compiler.reset()
+                if device.type == "cuda":
+                    gc.collect()
+                    torch.cuda.empty_cache()
                 bar.update()
     return Result(
         settings,

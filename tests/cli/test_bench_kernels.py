@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -13,11 +14,12 @@ from cpt import cli
 from cpt.benchmarks import calls, kernels, machine, ways
 from cpt.benchmarks.measure import Spread
 from cpt.benchmarks.models import MODELS
-from cpt.benchmarks.operations import Peer, Size, Work
+from cpt.benchmarks.operations import Peer, Size, Work, update
 from cpt.benchmarks.ways import Measured, operation_named
 from cpt.config import names_of_choices, read_mapping, read_settings
 from cpt.config.choices import settings_of_choice
 from cpt.models import llama, pythia
+from cpt_kernels import adamw
 
 OPERATIONS = names_of_choices("cpt.benchmarks.operations")
 LLAMA = llama.Settings(vocabulary=11, width=12, layers=2, heads=3, kv_heads=1, mlp_width=20)
@@ -54,7 +56,11 @@ def floors(operation: str, size: Size = SIZE) -> list[tuple[float, float]]:
         # Scores: 2 windows of half of 5 x 5 in 3 heads, each of 4 multiplications and 4 additions a product.
         ("attention", [(4 * (120 + 40 + 40 + 120), 2 * 75 * 8), (4 * (4 * 120 + 4 * 40), 5 * 75 * 8)]),
         ("cross_entropy", [(4 * 2 * 110, 2 * 10 * 11 * 12), (4 * 3 * 110, 2 * 2 * 10 * 11 * 12)]),
+        ("add_rms_norm", [(4 * (4 * 120 + 12), 0), (4 * (4 * 120 + 12 + 12), 0)]),
         ("adamw", [(28 * LLAMA.num_parameters, 0)]),
+        # The norm reads a gradient of 4 bytes, the update again, with 3 states of 4 read and written, and 2 of a copy.
+        ("update", [((4 + 4 + 3 * 8 + 2) * LLAMA.num_parameters, 0)]),
+        ("update_with_pull", [((4 + 4 + 3 * 8 + 2 + 8) * LLAMA.num_parameters, 0)]),
     ],
 )
 def test_the_floor_of_each_operation_of_llama_is_that_by_hand(operation, expected):
@@ -64,6 +70,7 @@ def test_the_floor_of_each_operation_of_llama_is_that_by_hand(operation, expecte
 def test_the_floor_of_each_operation_of_pythia_is_that_by_hand():
     size = Size.of_model("tiny", PYTHIA, 2, 5)  # width 24 in 3 heads of 8, of which 2 entries are turned
     assert floors("layer_norm", size) == [(4 * (240 + 240 + 48), 0), (4 * (3 * 240 + 72), 0)]
+    assert floors("add_layer_norm", size) == [(4 * (4 * 240 + 48), 0), (4 * (4 * 240 + 72), 0)]
     assert floors("gelu", size) == [(4 * 2 * 960, 0), (4 * 3 * 960, 0)]
     assert floors("rotary", size)[0] == (4 * (120 + 120 + 10), 0)
 
@@ -78,8 +85,9 @@ def test_within_documents_the_floor_follows_the_squares_of_their_lengths():
 
 
 def test_every_operation_has_a_floor_by_hand_here():
-    by_hand = {"rms_norm", "swiglu", "rotary", "attention", "cross_entropy", "adamw", "layer_norm", "gelu"}
-    assert set(OPERATIONS) == by_hand | {"attention_within_documents"}
+    llama_s = {"rms_norm", "add_rms_norm", "swiglu", "rotary", "attention", "cross_entropy"}
+    updates, pythia_s = {"adamw", "update", "update_with_pull"}, {"layer_norm", "add_layer_norm", "gelu"}
+    assert set(OPERATIONS) == llama_s | updates | pythia_s | {"attention_within_documents"}
 
 
 def test_what_overlaps_takes_the_longer_of_both_and_what_does_not_their_sum():
@@ -104,7 +112,7 @@ def test_all_operations_are_timed_and_the_table_tells_of_them(tmp_path, capsys):
                 continue
             assert way["why_not"] is None and way["error"] < 1e-4, way
             assert 0 < way["forward"]["smallest"] <= way["forward"]["median"] <= way["forward"]["largest"]
-            assert (way["whole"] is None) == (one["operation"] == "adamw")
+            assert (way["whole"] is None) == (one["operation"] in ("adamw", "update", "update_with_pull"))
         assert one["ways"][0]["forward_speedup"] == {"median": 1, "smallest": 1, "largest": 1}
     assert len({one["shape"] for one in result["operations"]}) == 2
 
@@ -131,7 +139,7 @@ def test_on_a_gpu_what_is_not_installed_is_told(monkeypatch):
     monkeypatch.setattr(machine, "version", _only("torch"))
     peers = operation_named("attention").file.PEERS
     whys = {name: ways.why_absent(peer, torch.device("cuda"), False) for name, peer in peers.items()}
-    assert whys["flash-attn 2"] == "not installed" and whys["cuDNN through torch"] is None
+    assert whys["flash-attn 2"] == "not installed" and whys["FlashAttention in torch"] is None
     assert ways.why_absent(Peer("torch", dict, "cpu"), torch.device("cuda"), False) == "for CPUs"
 
 
@@ -183,6 +191,21 @@ def test_an_optimiser_that_forgets_its_moments_is_wrong(monkeypatch):
         return torch.optim.AdamW(groups, lr=rate, betas=(0.0, betas[1]), eps=epsilon)
 
     assert _measured(monkeypatch, {"forgetful": forgetful}, "adamw")["forgetful"].why_not == "WRONG, not timed"
+
+
+@pytest.mark.parametrize("operation", ["update", "update_with_pull"])
+def test_the_one_kernel_makes_the_same_update_as_deepspeeds_passes(operation, monkeypatch):
+    if not ways.language.IS_INTERPRETED and not torch.cuda.is_available():
+        pytest.skip("Triton's kernels run in its interpreter or on a GPU")
+    monkeypatch.setattr(ways, "_why_not", lambda *_: None)
+    measured = _measured(monkeypatch, {}, operation)
+    assert measured["triton in one kernel"].why_not is None, measured["triton in one kernel"]
+
+
+def test_an_update_that_does_not_clip_is_wrong(monkeypatch):
+    unclipped = functools.partial(update.in_passes, adamw.plain, clip=1e9)
+    # Adam's step does not depend on the scale of all gradients, but on how that changes from one to the next.
+    assert _measured(monkeypatch, {"unclipped": unclipped}, "update")["unclipped"].why_not == "WRONG, not timed"
 
 
 def test_a_way_that_fails_is_told_and_the_others_are_measured(monkeypatch):
@@ -251,6 +274,35 @@ def test_what_cannot_be_measured_is_refused(capsys):
         assert line in told, told
     if not torch.cuda.is_available():
         assert "device = cuda: torch finds no GPU here; leave it out" in told
+
+
+def test_on_a_gpu_calls_take_turns_and_each_begins_with_an_empty_cache(monkeypatch):
+    told, clock = [], iter(range(1000))
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            told.append("clock")
+            self.at = next(clock)
+
+        def elapsed_time(self, end) -> float:
+            return float(end.at - self.at)
+
+        def synchronize(self) -> None: ...
+
+    class Flushed:
+        def zero_(self) -> None:
+            told.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: Flushed())
+    monkeypatch.setattr(calls, "_CALLS_A_TURN", 1)
+    taken = calls.microseconds_of([lambda: told.append("a"), lambda: told.append("b")], torch.device("cuda"), 2)
+    assert taken == [[1000.0, 1000.0], [1000.0, 1000.0]]
+    a, b = ["flush", "clock", "a", "clock"], ["flush", "clock", "b", "clock"]
+    assert told == [*a, *b] * 3  # the first to see how long they take
 
 
 @pytest.mark.parametrize(

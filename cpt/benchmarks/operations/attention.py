@@ -1,4 +1,4 @@
-"""Causal attention of a micro-batch, across documents."""
+"""Causal attention of a micro-batch, across documents; cuDNN and FlexAttention are among our own twins."""
 
 from __future__ import annotations
 
@@ -57,26 +57,10 @@ def _flash_attention_3() -> Callable[..., Tensor]:
     return mixed
 
 
-def _through_torch(backend: SDPBackend) -> Callable[..., Tensor]:
+def _flash_attention_in_torch() -> Callable[..., Tensor]:
     def mixed(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             return attention.fused(queries, keys, values)
-
-    return mixed
-
-
-def _flex_attention() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    @functools.cache
-    def mask(positions: int):
-        return create_block_mask(lambda b, h, query, key: query >= key, None, None, positions, positions)
-
-    def mixed(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        heads_first = (x.transpose(1, 2) for x in (queries, keys, values))
-        return compiled(*heads_first, block_mask=mask(queries.shape[1]), enable_gqa=True).transpose(1, 2)
 
     return mixed
 
@@ -100,8 +84,6 @@ def _transformer_engine() -> Callable[..., Tensor]:
 PEERS = {
     "flash-attn 2": Peer("flash-attn", _flash_attention_2, "cuda"),
     "flash-attn 3": Peer("flash-attn-3", _flash_attention_3, "cuda"),
-    "cuDNN through torch": Peer("torch", lambda: _through_torch(SDPBackend.CUDNN_ATTENTION), "cuda"),
-    "FlashAttention in torch": Peer("torch", lambda: _through_torch(SDPBackend.FLASH_ATTENTION), "cuda"),
-    "FlexAttention": Peer("torch", _flex_attention, "cuda"),
+    "FlashAttention in torch": Peer("torch", _flash_attention_in_torch, "cuda"),
     "Transformer Engine": Peer("transformer-engine", _transformer_engine, "cuda"),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -53,30 +52,7 @@ def _in_one_row(function: Callable[..., Any]) -> Callable[..., Tensor]:
     return mixed
 
 
-def _flex_attention() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    @functools.cache  # once a batch, as all layers of a model would share it
-    def mask(documents: Documents):
-        windows, positions = documents.positions.shape
-        firsts = torch.arange(positions, device=documents.positions.device) - documents.positions  # [B, S]
-
-        def is_visible(b, h, query, key):
-            return (query >= key) & (key >= firsts[b, query])
-
-        return create_block_mask(is_visible, windows, None, positions, positions)
-
-    def mixed(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents) -> Tensor:
-        heads_first = (x.transpose(1, 2) for x in (queries, keys, values))
-        return compiled(*heads_first, block_mask=mask(documents), enable_gqa=True).transpose(1, 2)
-
-    return mixed
-
-
 PEERS = {
     "flash-attn 2, varlen": Peer("flash-attn", _flash_attention_2, "cuda"),
     "flash-attn 3, varlen": Peer("flash-attn-3", _flash_attention_3, "cuda"),
-    "FlexAttention, its mask made before": Peer("torch", _flex_attention, "cuda"),
 }
