@@ -15,6 +15,8 @@ from cpt.benchmarks.measure import Reader, Spread, microseconds_a_sample
 # More than any GPU keeps in its cache; writing it takes longer than Python needs to launch what is timed.
 _FLUSHED_BYTES = 1 << 30
 _CALLS_A_TURN = 5
+# On a CPU, whose calls take milliseconds.
+_SECONDS_A_TURN = 0.02
 _MICROSECONDS_A_TURN = 200_000
 
 
@@ -22,7 +24,8 @@ def microseconds_of(calls: Sequence[Callable[[], object]], device: torch.device,
     """Microseconds of each call in each of the alternating repetitions; calls were made before and are warm."""
     if device.type == "cuda":
         return _on_gpu(calls, device, repetitions)
-    return microseconds_a_sample([Reader("", _repeated(call)) for call in calls], repetitions)
+    readers = [Reader("", _repeated(call)) for call in calls]
+    return microseconds_a_sample(readers, repetitions, seconds_a_repetition=_SECONDS_A_TURN)
 
 
 def _repeated(call: Callable[[], object]) -> Callable[[int], int]:

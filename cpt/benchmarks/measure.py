@@ -39,21 +39,25 @@ class Spread:
 
 
 def microseconds_a_sample(
-    readers: Sequence[Reader], repetitions: int, advance: Callable[[], object] = lambda: None
+    readers: Sequence[Reader],
+    repetitions: int,
+    advance: Callable[[], object] = lambda: None,
+    seconds_a_repetition: float | None = None,
 ) -> list[list[float]]:
     """CPU time of all threads for a sample, of each reader in each of the alternating repetitions.
 
-    `advance` is called after each measurement. The first reading of each reader is not counted, and what its threads
-    do after a turn is not charged to the next reader.
+    `advance` is called after each measurement. `seconds_a_repetition`: about as long as one lasts, 0.1 unless told.
+    The first reading of each reader is not counted, and what its threads do after a turn is not charged to the next.
     """
+    aim = seconds_a_repetition or _SECONDS_A_REPETITION
     numbers = []
     for reader in readers:
         reader.read(1)
         number, seconds = 1, 0.0
-        while seconds < _SECONDS_A_REPETITION / 4 and number < _MOST_SAMPLES:
+        while seconds < aim / 4 and number < _MOST_SAMPLES:
             number *= 2
             seconds = _seconds(reader, number)[0]
-        numbers.append(max(1, round(number * min(4.0, _SECONDS_A_REPETITION / max(seconds, 1e-9)))))
+        numbers.append(max(1, round(number * min(4.0, aim / max(seconds, 1e-9)))))
     taken: list[list[float]] = [[] for _ in readers]
     for _ in range(repetitions):
         for reader, number, values in zip(readers, numbers, taken, strict=True):

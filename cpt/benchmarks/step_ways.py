@@ -191,19 +191,33 @@ def _under_deepspeed(
 
 
 def litgpt(case: Case, mesh: Mesh) -> Step:
-    """litgpt's model under DeepSpeed; its weights are its own, so its first loss is another."""
+    """litgpt's model under DeepSpeed; its weights are its own, and its head is never tied."""
     from litgpt import GPT, Config
     from torch.nn import functional
 
-    names = {"pythia-410m": "pythia-410m", "llama-3.2-1b": "Llama-3.2-1B", "llama-3-8b": "Llama-3-8B"}
-    if case.model not in names:
-        raise ValueError(f"litgpt has no {case.model}")
-    config = Config.from_name(names[case.model], block_size=case.positions, padded_vocab_size=case.settings.vocabulary)
+    shape = case.settings
+    of_llama = {"bias": False, "parallel_residual": False, "norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP"}
+    config = Config(
+        block_size=case.positions,
+        vocab_size=shape.vocabulary,
+        padded_vocab_size=shape.vocabulary,
+        n_layer=shape.layers,
+        n_embd=shape.width,
+        n_head=shape.heads,
+        n_query_groups=shape.num_kv_heads,
+        head_size=shape.width_of_head,
+        intermediate_size=shape.width_of_mlp,
+        rotary_percentage=shape.rotary_width / shape.width_of_head,
+        **(of_llama if name_of_choice(shape) == "llama" else {}),
+    )
+    model = GPT(config)
+    torch.manual_seed(_SEED)
+    model.apply(model._init_weights)
 
     def loss_of(engine: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         return functional.cross_entropy(engine(inputs).flatten(0, 1).float(), targets.flatten())
 
-    return _under_deepspeed(GPT(config), case, mesh, loss_of)
+    return _under_deepspeed(model, case, mesh, loss_of)
 
 
 def nanotron(case: Case, mesh: Mesh) -> Step:

@@ -30,7 +30,7 @@ SIZE = Size.of_model("tiny", LLAMA, 2, 5)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Short turns, small buffers and small models; nothing is compiled, no peer that is installed takes minutes."""
-    monkeypatch.setattr("cpt.benchmarks.measure._SECONDS_A_REPETITION", 0.0001)
+    monkeypatch.setattr(calls, "_SECONDS_A_TURN", 0.0001)
     monkeypatch.setattr("cpt.benchmarks.measure._wait_for_quiet", lambda: None)
     monkeypatch.setattr(calls, "bandwidth", lambda *_: Spread(1e9, 1e9, 1e9))
     monkeypatch.setattr(calls, "matmul_rate", lambda *_: Spread(1e10, 1e10, 1e10))
@@ -317,7 +317,7 @@ def test_a_known_model_is_as_its_config_says(name, file):
 
 def test_bandwidth_and_matmul_rate_are_positive(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr("cpt.benchmarks.measure._SECONDS_A_REPETITION", 0.0001)
+    monkeypatch.setattr(calls, "_SECONDS_A_TURN", 0.0001)
     cpu = torch.device("cpu")
     assert calls.matmul_rate(cpu, torch.float32, 1).median > 1e8
     assert calls.bandwidth(cpu, 1).median > 1e7
