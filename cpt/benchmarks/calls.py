@@ -62,7 +62,7 @@ def bandwidth(device: torch.device, repetitions: int) -> Spread:
 
     On a CPU they are: a copy has to read what it will write over.
     """
-    num_numbers = (1 << 28) if device.type == "cuda" else (1 << 25)
+    num_numbers = (1 << 29) if device.type == "cuda" else (1 << 25)
     source = torch.ones(num_numbers, device=device)
     target = torch.zeros_like(source)
     taken = microseconds_of([lambda: target.copy_(source), lambda: target.mul_(1.5)], device, repetitions)
