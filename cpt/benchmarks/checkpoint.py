@@ -96,8 +96,8 @@ def compare(settings: Settings) -> Result:
 
 def _measure(settings: Settings, mesh: Mesh, work: Path) -> Result:
     load_before = os.getloadavg()[0]
-    engine, num_parameters = _engine(settings, mesh)
-    step = _stepper(engine, settings.length)
+    engine, num_parameters = engine_of(round(settings.gigabytes * 1e9 / _BYTES_A_PARAMETER), mesh)
+    step = stepper(engine, settings.length)
     step()
     saves: dict[str, list[Save]] = {}
     loads: dict[str, list[float]] = {}
@@ -129,9 +129,9 @@ def _measure(settings: Settings, mesh: Mesh, work: Path) -> Result:
     )
 
 
-def _engine(settings: Settings, mesh: Mesh) -> tuple[Engine, int]:
-    """A Llama of about the size that is asked for, in bf16 under ZeRO 1, with initial values."""
-    shape = _shape(round(settings.gigabytes * 1e9 / _BYTES_A_PARAMETER))
+def engine_of(num_parameters: int, mesh: Mesh) -> tuple[Engine, int]:
+    """A Llama of at least so many parameters, in bf16 under ZeRO 1, with initial values; how many they are."""
+    shape = _shape(num_parameters)
     kernels = switch.choose(switch.Settings(), mesh.device)
     model = build(shape, "Model", kernels)
     engine = Engine(
@@ -156,8 +156,8 @@ def _shape(num_parameters: int) -> llama.Settings:
     return next(shape for shape in shapes if shape.num_parameters >= num_parameters)
 
 
-def _stepper(engine: Engine, length: int) -> Callable[[], float]:
-    """Takes the next step; its seconds."""
+def stepper(engine: Engine, length: int) -> Callable[[], float]:
+    """Takes the next step, on a window of that length; its seconds."""
     numbers, done = torch.Generator().manual_seed(1), [0]
 
     def step() -> float:

@@ -7,6 +7,7 @@ megatron-core, litdata, mosaicml-streaming, datasets.
 `cpt bench optimizer` updates a shard on the CPU, beside the passes over memory that DeepSpeed makes of an update.
 `cpt bench kernels` times each operation of a step: our twins, torch.compile and each library that is installed.
 `cpt bench step` times whole training steps: ours, and transformers' models under the same DeepSpeed.
+`cpt bench reptile` makes Reptile's outer step, beside a step of training.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 from pathlib import Path
 from types import ModuleType
 
-from cpt.benchmarks import checkpoint, convert, data, kernels, optimizer, step
+from cpt.benchmarks import checkpoint, convert, data, kernels, optimizer, outer_step, step
 from cpt.benchmarks.options import add_options, given_options
 from cpt.benchmarks.table import around_region, write_region
 from cpt.config import read_settings
@@ -33,6 +34,7 @@ _BENCHES: dict[str, ModuleType] = {
     "optimizer": optimizer,
     "kernels": kernels,
     "step": step,
+    "reptile": outer_step,
 }
 
 

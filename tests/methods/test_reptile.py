@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cpt_harness import tiny
 from cpt_harness.ranks import on_ranks
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cpt.checkpoint import Checkpoint
 from cpt.config import Fault, build, read_settings
@@ -287,6 +291,45 @@ def test_pieces_longer_than_what_is_moved_at_once_are_moved_whole(monkeypatch):
 
     ((whole, in_parts),) = on_ranks(1, work)
     assert all(torch.equal(one[3], other[3]) for one, other in zip(whole, in_parts, strict=True))
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of tensors that operations have made and that are still there: `most` of them at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.here, self.most = 0, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((arguments, named)) if isinstance(t, torch.Tensor)}
+        out = function(*arguments, **(named or {}))
+        for made in tree_leaves(out):
+            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in given:
+                number = made.untyped_storage().nbytes()
+                self.here += number
+                self.most = max(self.most, self.here)
+                weakref.finalize(made, self._let_go, number)
+        return out
+
+    def _let_go(self, number: int) -> None:
+        self.here -= number
+
+
+@pytest.mark.parametrize("more", [{}, {"momentum": 0.5}, {"momentum": 0.5, "nesterov": True}], ids=str)
+def test_an_outer_step_takes_no_memory_of_the_anchors_size(monkeypatch, more):
+    at_once, number = 64, 10_000
+    monkeypatch.setattr(reptile, "_ELEMENTS_AT_ONCE", at_once)
+    one, values = method(1, **more), torch.randn(number)
+    masters = SimpleNamespace(pieces=[SimpleNamespace(values=values)], total=sum)
+    with Allocations() as first:
+        one.before_update(masters, Progress())
+    copies = one.num_copies
+    assert copies * values.nbytes <= first.most < copies * values.nbytes + 100, "the mode sees what is allocated"
+    values.add_(1.0)
+    with Allocations() as then:
+        assert one.after_update(masters, Progress())
+    assert 0 < then.most < 5 * at_once * 4 + 100
+    assert one.report()["method/reptile/displacement"] == pytest.approx(number**0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize(("step_size", "momentum", "is_told"), [(0.1, 0.0, True), (0.3, 0.0, False), (0.1, 0.9, False)])
