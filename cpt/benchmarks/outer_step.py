@@ -96,8 +96,8 @@ def as_lines(result: Result) -> list[str]:
     return [
         result.machine,
         "",
-        f"{result.num_parameters:,} parameters, {settings.length} tokens a step; CPU time on one core, median (smallest "
-        f"to largest) of {settings.repetitions} turns",
+        f"{result.num_parameters:,} parameters, {settings.length} tokens a step; CPU time on one core, median "
+        f"(smallest to largest) of {settings.repetitions} turns",
         "",
         "| | milliseconds |",
         "|---|---|",

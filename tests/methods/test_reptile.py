@@ -328,7 +328,7 @@ def test_an_outer_step_takes_no_memory_of_the_anchors_size(monkeypatch, more):
     values.add_(1.0)
     with Allocations() as then:
         assert one.after_update(masters, Progress())
-    assert 0 < then.most < 5 * at_once * 4 + 100
+    assert 2 * at_once * 4 <= then.most < (3 if more.get("nesterov") else 2) * at_once * 4 + 100
     assert one.report()["method/reptile/displacement"] == pytest.approx(number**0.5, rel=1e-5)
 
 
