@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from cpt.checkpoint import Place, RunFolder, keep
 from cpt.config import Fault, beside, build, name_of_choice
@@ -106,7 +106,22 @@ def _stage_lines(run: Run, index: int, order: StageOrder, rate_before: float) ->
         for column in range(60)
     ]
     top = max(rates) or 1.0
-    curve = "".join(_BARS[round(rate / top * (len(_BARS) - 1))] for rate in rates)
     told = f"{rates[0]:.2e} first, {top:.2e} highest, {rates[-1]:.2e} last"
     yield f"  learning rate ({name_of_choice(stage.schedule)}): {told}"
-    yield f"  {curve}"
+    yield f"  {_curve(rates)}"
+    if stage.batch_warmup:
+        places = [Progress(stage=index, stage_tokens=stage.total_tokens * column // 60) for column in range(60)]
+        tokens = stage.batch_warmup.tokens.tokens_of(stage.total_tokens)
+        yield f"  batch: {stage.batch_warmup.windows} windows first, {run.batch.windows} from {tokens:,.0f} tokens on"
+        yield f"  {_curve([run.windows_at(stage, place) for place in places])}"
+    if stage.replay and run.raise_replay.forgetting:
+        least, most = (f"{float(100 * share):.4g}%" for share in (stage.replay.share, run.raise_replay.at_most))
+        of_what = " or ".join(limit.source for limit in run.raise_replay.forgetting)
+        told = f"from {least} to {most}, with as many fewer new tokens, while more of {of_what} is forgotten"
+        yield f"  replay may rise {told}"
+
+
+def _curve(values: Sequence[float]) -> str:
+    """A bar for each value, the highest a whole one."""
+    top = max(values) or 1.0
+    return "".join(_BARS[round(value / top * (len(_BARS) - 1))] for value in values)

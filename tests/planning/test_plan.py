@@ -123,6 +123,23 @@ def test_a_branch_is_drawn_from_the_rate_of_the_stage_before(config):
     ]
 
 
+def test_a_batch_that_grows_is_drawn(config):
+    words = ["batch={windows: 8, micro_batch: 1}", "stages.0.batch_warmup={windows: 2, tokens: 240, increment: 2}"]
+    lines = list(plan_lines(read_run([config, *words]), 1))
+    (number,) = [number for number, line in enumerate(lines) if "batch:" in line]
+    assert lines[number] == "  batch: 2 windows first, 8 from 240 tokens on"
+    assert sorted(set(lines[number + 1].strip())) == ["▂", "▄", "▆", "█"] and len(lines[number + 1]) == 62
+    assert not [line for line in plan_lines(read_run([config]), 1) if "batch:" in line]
+
+
+def test_a_share_of_replay_that_may_rise_is_told(config, tmp_path):
+    guard = ["raise_replay={forgetting: {source: text, above: 0.1}}", "evaluation.every_tokens=64"]
+    words = [*guard, f"evaluation.held_out.text={tmp_path}/text", "stages.0.replay={share: 5%}"]
+    words += [f"stages.0.replay.declared.old.corpus={tmp_path}/text"]
+    lines = list(plan_lines(read_run([config, *words]), 1))
+    assert "  replay may rise from 5% to 50%, with as many fewer new tokens, while more of text is forgotten" in lines
+
+
 def test_a_schedule_that_cannot_follow_the_stage_before_is_refused_before_anything_is_written(config, tmp_path):
     words = two_stages(config, "{name: cosine, peak: 1e-3}", "{name: branch, floor: 9e-4}")
     told = (
