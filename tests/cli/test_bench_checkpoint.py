@@ -12,6 +12,7 @@ from cpt.benchmarks import checkpoint
 from cpt.config import Fault
 
 
+@pytest.mark.long
 def test_every_way_is_measured_and_nothing_is_left(tmp_path):
     words = ["--gigabytes", "0.001", "--repetitions", "1", "--length", "8", "--json", str(tmp_path / "x.json")]
 

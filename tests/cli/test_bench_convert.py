@@ -11,6 +11,7 @@ from cpt.benchmarks import convert
 from cpt.config import Fault
 
 
+@pytest.mark.long
 def test_the_table_tells_of_both_ways_and_nothing_is_left(tmp_path, capsys):
     words = ["--shape", "tiny", "--repetitions", "1", "--no-transformers", "--json", str(tmp_path / "x.json")]
     assert cli.main(["bench", "convert", *words, "--folder", str(tmp_path)]) == 0

@@ -33,6 +33,7 @@ SMALL = {
 }
 
 
+@pytest.mark.long
 def test_transformers_and_ours_make_the_same_steps(monkeypatch):
     def losses() -> list[list[list[float]]]:  # in a process of its own, because it meets itself over gloo
         with machine.alone() as mesh:
@@ -66,6 +67,7 @@ def _losses(case: Case, mesh) -> list[list[float]]:
     return [[make() for _ in range(3)] for make in steps]
 
 
+@pytest.mark.long
 def test_a_profile_tells_the_operations_of_a_step_apart(monkeypatch):
     monkeypatch.setitem(MODELS, "llama", SMALL["llama"])
 
@@ -200,6 +202,7 @@ def test_what_cannot_be_compared_says_so():
         WAYS["nanotron"].make(None, None)
 
 
+@pytest.mark.long
 def test_the_table_tells_of_ways_and_of_what_is_not_installed(tmp_path, capsys):
     words = ["--case", "quickstart@4", "--tokens", "8", "--way", "ours,litgpt", "--repetitions", "1", "--no-profile"]
     document = tmp_path / "speed.md"

@@ -47,7 +47,7 @@ def assert_fit(capability: int, lines: list[dict]) -> None:
         assert bool(line["tensor_core_instructions"]) == line["uses_tensor_cores"], told
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.long), 90])
 def test_each_kernel_compiles_in_its_most_usual_form(capability, pytestconfig):
     unlisted, *lines = compiled(capability, pytestconfig.cache.mkdir("triton"))
     assert unlisted == {"unlisted": []}, "list how they are launched in COMPILED of their file"

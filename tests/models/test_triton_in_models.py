@@ -31,6 +31,7 @@ def test_logits_losses_and_gradients_of_a_model_are_those_of_the_plain_twins(nam
         assert (fused[what] - expected).abs().max() < 1e-5 * expected.abs().max() + 1e-8, what
 
 
+@pytest.mark.long
 @pytest.mark.skipif(bool(why_not(CPU)), reason=str(why_not(CPU)))
 @pytest.mark.parametrize("name", ["Llama", "Pythia"])
 def test_a_model_that_is_compiled_leaves_the_small_operations_to_the_compiler(name):
