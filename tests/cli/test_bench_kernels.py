@@ -117,6 +117,17 @@ def test_all_operations_are_timed_and_the_table_tells_of_them(tmp_path, capsys):
     assert len({one["shape"] for one in result["operations"]}) == 2
 
 
+def test_on_a_cpu_each_shape_that_is_named_has_all_of_its_operations():
+    def measured(*shapes: str) -> list[tuple[str, str]]:
+        settings = kernels.Settings(("rotary", "gelu"), shapes, "cpu", repetitions=1, compile=False, peers=False)
+        return [(one.operation, one.shape) for one in kernels.compare(settings).operations]
+
+    assert measured() == [("rotary", "small-llama"), ("gelu", "small-pythia")]
+    assert measured("small-llama", "small-pythia") == [
+        ("rotary", "small-llama"), ("rotary", "small-pythia"), ("gelu", "small-pythia")
+    ]  # fmt: skip
+
+
 def test_a_peer_that_is_not_installed_is_told(monkeypatch, capsys):
     monkeypatch.setattr(machine, "version", _only("torch"))
     words = ["--no-compile", "--repetitions", "1", "--device", "cpu", "--operation", "adamw,rms_norm"]
