@@ -54,9 +54,10 @@ def losses_of_training(model: Any, twins: str, device: torch.device, num_steps: 
 def assert_same_losses(model: Any, device: torch.device, num_steps: int) -> torch.Tensor:
     plain, ours = (losses_of_training(model, twins, device, num_steps) for twins in ("plain", "triton"))
     differences = (ours - plain).abs()
-    # Rounding differs in the last bits of fp32, and training makes more of that with every step.
+    # Rounding differs in the last bits of fp32, and training makes more of that with every step. In the interpreter the
+    # largest difference of 200 steps was 7e-7; a GPU sums in another order.
     assert differences[:10].max() < 2e-6 * plain[0], differences[:10]
-    assert differences.max() < 1e-3 * plain[0], differences.max()
+    assert differences.max() < (1e-5 if device.type == "cpu" else 1e-3) * plain[0], differences.max()
     return plain
 
 
