@@ -24,6 +24,9 @@ IGNORED = -100
 # tokens and 8192 words in bf16, chunks took 227 ms forward and backward where the plain twin took 303 ms (one thread,
 # AVX-512), in spite of the extra product. Elsewhere 256 MiB, so that products stay large; not measured yet.
 _LOGITS_AT_ONCE_ON_CPU = 2**21
+# In fp32 the extra product costs more than the cache gives: chunks took 1.2 times as long as the plain twin there
+# (kernels/README.md), so that they are for what would not fit. 256 MiB, and as much again for the gradient.
+_WIDE_LOGITS_FOR_PLAIN_ON_CPU = 2**26
 _LOGITS_AT_ONCE = 2**26
 # 256 MiB in bf16, 512 MiB in fp32. The weight's gradient takes as much again and more until it is narrowed.
 _LOGITS_AT_ONCE_IN_TRITON = 2**27
@@ -80,8 +83,10 @@ def triton(
 
 
 def by_size(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
-    """`plain` where all logits are no more than one chunk, `chunked` beyond."""
-    serving = plain if targets.numel() * weight.shape[0] <= logits_at_once(weight.device) else chunked
+    """`plain` where all logits are no more than one chunk, or on a CPU not low and not too many; `chunked` beyond."""
+    is_wide_on_cpu = weight.device.type == "cpu" and hidden.dtype not in (torch.bfloat16, torch.float16)
+    most = _WIDE_LOGITS_FOR_PLAIN_ON_CPU if is_wide_on_cpu else logits_at_once(weight.device)
+    serving = plain if targets.numel() * weight.shape[0] <= most else chunked
     return serving(hidden, weight, targets, z_loss)
 
 
@@ -180,7 +185,10 @@ TWINS: dict[str, Callable[..., Tensor]] = {"plain": plain, "chunked": chunked, "
 
 def face(device: torch.device) -> tuple[Callable[..., Tensor], str]:
     """What serves on this device when nothing is asked for, and why."""
-    return by_size, f"plain to {logits_at_once(device) / 2**20:.0f} Mi logits, chunked beyond (memory)"
+    most = f"{logits_at_once(device) / 2**20:.0f} Mi logits"
+    if device.type == "cpu":
+        most += f" in bf16 and {_WIDE_LOGITS_FOR_PLAIN_ON_CPU / 2**20:.0f} Mi in fp32"
+    return by_size, f"plain to {most}, chunked beyond (memory)"
 
 
 def check(device: torch.device) -> str | None:

@@ -320,3 +320,13 @@ def test_adamw_follows_its_formula_and_decays_only_groups_that_say_so(serving):
             optimizer.step()
             optimizer.zero_grad()
         assert (parameter.detach() - expected).abs().max() < 1e-6
+
+
+def test_on_a_cpu_fp32_logits_are_made_once_where_bf16_ones_are_made_in_chunks(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "plain", lambda *_: "plain")
+    monkeypatch.setattr(cross_entropy, "chunked", lambda *_: "chunked")
+    hidden, weight, targets = torch.zeros(1100, 4), torch.zeros(2048, 4), torch.zeros(1100, dtype=torch.int64)
+    assert cross_entropy.by_size(hidden, weight, targets) == "plain"
+    assert cross_entropy.by_size(hidden.bfloat16(), weight.bfloat16(), targets) == "chunked"
+    assert cross_entropy.by_size(hidden.bfloat16(), weight.bfloat16(), targets[:1000]) == "plain"
+    assert cross_entropy.by_size(hidden, torch.zeros(2**16, 4), targets) == "chunked"
