@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import secrets
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -277,8 +278,13 @@ def is_port_free(address: str, port: int) -> bool:
 def pick_free_port() -> int:
     """A port that nobody listens on at any address of this machine.
 
-    Raises Fault if the machine gives none.
+    Out of those that no outgoing connection is given: the machine's own free ones may be taken by any program in the
+    seconds until ranks meet there. Raises Fault if the machine gives none.
     """
+    for _ in range(16):
+        port = FIRST_SLURM_PORT + secrets.randbelow(NUM_SLURM_PORTS)
+        if is_port_free("0.0.0.0", port):
+            return port
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.bind(("", 0))

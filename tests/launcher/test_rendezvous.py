@@ -174,8 +174,15 @@ def test_an_address_of_another_machine_has_no_free_port_here():
     assert not rendezvous.is_port_free("192.0.2.1", 40000)  # an address reserved for examples
 
 
-def test_a_picked_port_is_free():
-    assert rendezvous.is_port_free("127.0.0.1", rendezvous.pick_free_port())
+def test_a_picked_port_is_free_and_is_no_outgoing_connections():
+    ports = {rendezvous.pick_free_port() for _ in range(20)}
+    assert len(ports) > 10 and all(20000 <= port < 30000 for port in ports)
+    assert rendezvous.is_port_free("127.0.0.1", ports.pop())
+
+
+def test_where_those_are_all_taken_the_machine_gives_one(monkeypatch):
+    monkeypatch.setattr(rendezvous, "is_port_free", lambda address, port: False)
+    assert 0 < rendezvous.pick_free_port() < 65536
 
 
 def test_a_machine_without_a_free_port_is_told_of(monkeypatch):
