@@ -64,9 +64,9 @@ def train(mesh, case: tuple, compiling: Settings) -> dict:
     results, scores = [], []
     for step in range(NUM_STEPS):
         results += tiny.take_steps(engine, mesh, step, step + 1, starts_of=starts_of)
-        if step in (3, 6, 8):
-            windows = tiny.windows_of_step(90, step)[:, : step + 4]
-            starts = starts_of(step)[:step, : step + 4] if documents else None
+        if step in (3, 7, 9):  # 6, 10 and 12 positions: two sequence ranks can share them
+            windows = tiny.windows_of_step(90, step - 1)[:, : step + 4]
+            starts = starts_of(step)[: step - 1, : step + 4] if documents else None
             scores += engine.score(windows, starts).tolist()
     stats = torch._dynamo.utils.counters["stats"]
     return {
@@ -116,8 +116,9 @@ def more_trained() -> dict:
 def assert_equal_and_compiled_once(plain: dict, compiled: dict, zero: int, documents: bool) -> None:
     assert_near(compiled, plain, TOLERANCE_WITHIN_DOCUMENTS if documents else 0.0)
     assert plain["graphs"] == 0
-    # A graph for training and one for scoring any shape; more of parted blocks, and of operations: each has its own.
-    assert compiled["graphs"] == 2 or (2 < compiled["graphs"] <= 8 and (documents or zero == 3))
+    # A graph for training and one for scoring any shape; more of parted blocks, and of operations: each has its own. Of
+    # nine blocks and four shapes: nothing is compiled for each.
+    assert compiled["graphs"] == 2 or (2 < compiled["graphs"] <= 12 and (documents or zero == 3))
 
 
 @pytest.mark.long
