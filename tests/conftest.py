@@ -81,6 +81,16 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def environment_as_before() -> Iterator[None]:
+    """What opens a mesh tells DeepSpeed by variables such as RANK; the next test must not be taken for that rank."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def loggers_as_before() -> Iterator[None]:
     """A command sends our log lines to the terminal, a run to a file; the next test begins without either."""
     loggers = [logging.getLogger(name) for name in ("cpt", "py.warnings")]
