@@ -1,0 +1,66 @@
+"""What became of each start of a run, and when: `attempts.jsonl` of its folder, a line an event, never rewritten.
+
+    submitted --> started --> training --> ended            an attempt as it should be
+                                       (nothing)            its processes were killed: the next `started` tells
+    restarting, requeued                                    what the supervisor made of an end
+
+An exit status cannot say what happened: launchers lose it. `cpt status`, `cpt report` and the supervisor read this file
+instead. Whoever has something to say appends one line in one write, so that several processes may; a line that was torn
+by a full disk is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+ATTEMPTS = "attempts.jsonl"
+
+# `how` of an `ended`: the run is done; asked to stop, and saved; failed, and why stands in `reason`.
+FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
+
+_log = logging.getLogger(__name__)
+
+
+def note_attempt(folder: Path, event: str, **fields: Any) -> bool:
+    """Append an event, with the time of day, to the file in the run folder `folder`; False if the disk does not take it.
+
+    Never raises: what is to be told must not be lost because it cannot be noted.
+    """
+    line = json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n"
+    try:
+        # One write to a file opened to append is whole, whoever else writes; a line without an end before it is ended.
+        with (folder / ATTEMPTS).open("ab+") as file:
+            if file.tell() and _last_byte(file) != b"\n":
+                line = "\n" + line
+            os.write(file.fileno(), line.encode())
+    except OSError as error:
+        _log.warning("%s: %s cannot be noted: %s", folder / ATTEMPTS, event, error.strerror)
+        return False
+    return True
+
+
+def read_attempts(folder: Path) -> list[dict[str, Any]]:
+    """Every event in order; none if there is no file. Lines that are torn are left out."""
+    try:
+        text = (folder / ATTEMPTS).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    events = []
+    for line in text.splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "event" in event and "time" in event:
+            events.append(event)
+    return events
+
+
+def _last_byte(file) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)

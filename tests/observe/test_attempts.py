@@ -1,0 +1,43 @@
+"""`attempts.jsonl`: whole lines from many processes, and what a full disk tore is passed over."""
+
+from __future__ import annotations
+
+import multiprocessing
+
+from cpt.observe.attempts import ATTEMPTS, note_attempt, read_attempts
+
+
+def test_events_come_back_in_their_order(tmp_path):
+    assert read_attempts(tmp_path) == []
+    assert note_attempt(tmp_path, "started", ranks=2)
+    assert note_attempt(tmp_path, "ended", how="failed", reason="a 'quoted' reason\nof two lines")
+    first, second = read_attempts(tmp_path)
+    assert first["event"] == "started" and first["ranks"] == 2 and first["time"] <= second["time"]
+    assert second["reason"] == "a 'quoted' reason\nof two lines"
+
+
+def test_a_torn_line_costs_no_other(tmp_path):
+    note_attempt(tmp_path, "started")
+    with (tmp_path / ATTEMPTS).open("a") as file:
+        file.write('{"event": "ended", "ti')
+    note_attempt(tmp_path, "started")
+    assert [event["event"] for event in read_attempts(tmp_path)] == ["started", "started"]
+
+
+def test_a_folder_that_takes_nothing_is_told_and_raises_nothing(tmp_path):
+    assert not note_attempt(tmp_path / "missing", "started")
+
+
+def _note_many(folder, number):
+    for index in range(100):
+        note_attempt(folder, "training", process=number, index=index)
+
+
+def test_many_processes_tear_no_line(tmp_path):
+    processes = [multiprocessing.Process(target=_note_many, args=(tmp_path, number)) for number in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    found = {(event["process"], event["index"]) for event in read_attempts(tmp_path)}
+    assert found == {(number, index) for number in range(4) for index in range(100)}
