@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 def note_attempt(folder: Path, event: str, **fields: Any) -> bool:
-    """Append an event, with the time of day, to the file in the run folder `folder`; False if the disk does not take it.
+    """Append an event, with the time of day, to the file in the run folder; False if the disk does not take it.
 
     Never raises: what is to be told must not be lost because it cannot be noted.
     """
