@@ -169,7 +169,7 @@ class _Loop:
         if place.progress.step == 0:
             self._warm(place)
         else:
-            self.scoring.at_checkpoint(place.progress)
+            self._score_at_checkpoint(place)
             place = with_replay_raised(self.run, self.mesh, self.folder, place)
         while place.progress.stage < len(self.run.stages):
             stage, order = self.run.stages[place.progress.stage], order_of(self.run, place)
@@ -182,7 +182,7 @@ class _Loop:
                 )
                 number = self.stop.signal or signal.SIGTERM
                 return Outcome(self.folder.path, place.progress.step, number, number)
-        self.scoring.at_checkpoint(place.progress)
+        self._score_at_checkpoint(place)
         with together(self.mesh):
             self.journal.settle()
             if self.mesh.is_first:
@@ -226,7 +226,7 @@ class _Loop:
             has_forgotten = False
             # Who asked to stop may not wait long: save first. What is due is scored when the run goes on from there.
             if not result.stop_asked and self.scoring.is_due(place.progress, is_last):
-                has_forgotten = self.scoring.after_step(place.progress, stage.name, is_last)
+                place, has_forgotten = self.scoring.after_step(place, stage.name, is_last)
                 place = place if is_last else with_replay_raised(run, self.mesh, self.folder, place)
             ledger = place.recorded_in(order.ledger_after(first_slot + num_windows))
             if is_last:
@@ -245,6 +245,17 @@ class _Loop:
             if place.share_changes != changes:
                 break  # the order goes on in another way
         return place, False
+
+    def _score_at_checkpoint(self, place: Place) -> None:
+        """Score what was left out at the checkpoint there; what `stop_if` says is saved before it ends the run."""
+        found, progress = self.scoring.at_checkpoint(place), place.progress
+        if found != place:
+            ledger = found.ledger_before_stage
+            if progress.stage_tokens:
+                num_slots = progress.stage_tokens // self.run.sequence_length
+                ledger = found.recorded_in(order_of(self.run, found).ledger_after(num_slots))
+            self.saving.save_last(found, ledger)
+        self.scoring.refuse_what_was_forgotten(progress.step)
 
     def _refuse_differing_copies(self, progress: Progress) -> None:
         """Raise TrainingError if ranks that should hold the same weights do not, where that is looked at."""

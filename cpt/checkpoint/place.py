@@ -9,7 +9,7 @@ from typing import Any
 from cpt.config import Fault
 from cpt.lineage import chain
 from cpt.lineage.areas import Areas
-from cpt.lineage.ledger import Ledger, ShareChange
+from cpt.lineage.ledger import Ledger, ShareChange, Stop
 from cpt.progress import Progress
 
 
@@ -32,6 +32,7 @@ class Place:
 
     The ledger is kept as it was when the stage began, because the order of the stage is a function of that; so is the
     one of the stage before, and how long that was, for a child that goes on with it from its end.
+    Stops by `stop_if` are added to it at once: no order depends on them.
     `continued`: where in a stage of its parent a run began that goes on with that stage's windows.
     `share_changes`: of replay in the stage so far. The ledger holds them, so `state.json` has them there.
     """
@@ -62,9 +63,15 @@ class Place:
             share_changes=(),
         )
 
+    def stopped_by(self, stop: Stop) -> Place:
+        """The same place with `stop` in the lineage's ledger; as it is, if that knows of it."""
+        return dataclasses.replace(self, ledger_before_stage=self.ledger_before_stage.with_stop(stop))
+
     def recorded_in(self, ledger: Ledger) -> Ledger:
-        """The lineage's ledger here, from what it has consumed: with the changes of replay's share in this stage."""
-        return dataclasses.replace(ledger, share_changes=(*self.ledger_before_stage.share_changes, *self.share_changes))
+        """The lineage's ledger here, from what it has consumed: with what guards have decided in this stage."""
+        before = self.ledger_before_stage
+        changes = (*before.share_changes, *self.share_changes)
+        return dataclasses.replace(ledger, share_changes=changes, stops=before.stops)
 
     def as_json(self, ledger: Ledger) -> dict[str, Any]:
         """For `state.json`; `ledger` is the lineage's at this place."""
@@ -117,7 +124,7 @@ class Place:
                     "stages.0.continues: the parent's last checkpoint is of a version that did not keep how its last "
                     "stage began; name an earlier step of the parent, or leave continues out"
                 )
-            ledger = above.stage_behind.ledger_before
+            ledger = dataclasses.replace(above.stage_behind.ledger_before, stops=ledger.stops)
             changes = _changes_since(ledger, above.ledger_before_stage)
             origin = Progress(stage=origin.stage - 1, stage_tokens=above.stage_behind.tokens)
         if above.continued and origin.stage == 0:

@@ -93,8 +93,13 @@ def _ledger_lines(path: Path) -> list[str]:
     for entry in ledger.entries:
         tokens, epochs = entry.num_consumed * entry.sequence_length, entry.num_consumed / entry.num_windows
         lines.append(f"{entry.source:<20} {entry.num_consumed:>11,} {tokens:>13,}  {epochs:>6.2f}  {entry.corpus}")
-    return lines + [
+    lines += [
         f"replay {float(100 * change.share):.4g}% of stage {change.stage} from window {change.window:,} on: "
         f"{change.source} had lost {change.forgetting:.4f} nats a token"
         for change in ledger.share_changes
+    ]
+    return lines + [
+        f"stop_if ended a run after its step {stop.step:,}, in stage {stop.stage}: "
+        f"{stop.source} had lost {stop.forgetting:.4f} nats a token, {stop.above:g} was allowed"
+        for stop in ledger.stops
     ]

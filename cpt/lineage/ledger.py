@@ -87,15 +87,40 @@ class ShareChange:
 
 
 @dataclass(frozen=True)
+class Stop:
+    """`stop_if` ended a run of the lineage after its step `step`, in `stage`.
+
+    In the evaluation there `source` had lost `forgetting` nats a token, of which `above` were allowed.
+    """
+
+    stage: str
+    step: int
+    source: str
+    forgetting: float
+    above: float
+
+    def as_json(self) -> dict[str, Any]:
+        """For `ledger.json`; what is no finite number as text."""
+        lost = self.forgetting if math.isfinite(self.forgetting) else str(self.forgetting)
+        return {**asdict(self), "forgetting": lost}
+
+    @staticmethod
+    def from_json(plain: dict[str, Any]) -> Stop:
+        """The stop that `as_json` described."""
+        return Stop(**{**plain, "forgetting": float(plain["forgetting"])})
+
+
+@dataclass(frozen=True)
 class Ledger:
     """The entries of a lineage, at most one for each key, in the order in which their sources were first consumed.
 
     `share_changes`: of replay, while stages were going on, oldest first; the order of such a stage is a function of
-    them too.
+    them too. `stops`: by `stop_if`, oldest first; nothing depends on them.
     """
 
     entries: tuple[Entry, ...] = ()
     share_changes: tuple[ShareChange, ...] = ()
+    stops: tuple[Stop, ...] = ()
 
     def find(self, fingerprint: str, sequence_length: int) -> Entry | None:
         """The entry of that corpus cut at that length, whatever its seed; None if nothing of it was consumed."""
@@ -107,6 +132,12 @@ class Ledger:
         if any(old.key == entry.key for old in self.entries):
             return replace(self, entries=tuple(entry if old.key == entry.key else old for old in self.entries))
         return replace(self, entries=(*self.entries, entry))
+
+    def with_stop(self, stop: Stop) -> Ledger:
+        """This ledger with `stop` added, or as it is: the same command again is stopped at the same place again."""
+        # As JSON, where a loss that is no number equals itself.
+        is_known = stop.as_json() in [old.as_json() for old in self.stops]
+        return self if is_known else replace(self, stops=(*self.stops, stop))
 
     def as_inherited(self) -> Ledger:
         """The ledger that a child begins with: all that was consumed, was consumed by ancestors."""
@@ -132,6 +163,7 @@ class Ledger:
                 for e in self.entries
             ],
             **({"share_changes": [change.as_json() for change in self.share_changes]} if self.share_changes else {}),
+            **({"stops": [stop.as_json() for stop in self.stops]} if self.stops else {}),
         }
 
     @staticmethod
@@ -155,6 +187,7 @@ class Ledger:
                 for s in plain["sources"]
             ),
             tuple(map(ShareChange.from_json, plain.get("share_changes", ()))),
+            tuple(map(Stop.from_json, plain.get("stops", ()))),
         )
 
 

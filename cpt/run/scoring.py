@@ -7,18 +7,20 @@ on the way on:   what a stop, or an end in mid-evaluation, left out at the place
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import dataclass
 from typing import Any
 
-from cpt.checkpoint import RunFolder
+from cpt.checkpoint import Place, RunFolder
 from cpt.engine import Engine
 from cpt.evaluation.guard import Verdict, verdict_after
 from cpt.evaluation.held_out import HeldOut
 from cpt.evaluation.history import read_history
 from cpt.evaluation.measures import lines_about
 from cpt.evaluation.start_gate import StartGate
+from cpt.lineage.ledger import Stop
 from cpt.observe.journal import Journal
 from cpt.parallel.mesh import Mesh
 from cpt.progress import Progress
@@ -54,19 +56,20 @@ class Scoring:
         """Whether every source is to be scored after the step that led to `progress`."""
         return stage_end or progress.crosses(self.run.evaluation.every_tokens)
 
-    def after_step(self, progress: Progress, stage: str, stage_end: bool) -> bool:
-        """Score; whether the run may not go on because it has forgotten too much."""
-        self._score(progress, stage, stage_end)
-        return self._has_forgotten(progress.step)
+    def after_step(self, place: Place, stage: str, stage_end: bool) -> tuple[Place, bool]:
+        """Score at `place`; the place, with the stop in its ledger if `stop_if` ends the run, and whether it does."""
+        self._score(place.progress, stage, stage_end)
+        return self._judged(place, stage)
 
-    def at_checkpoint(self, progress: Progress) -> None:
-        """Score what was left out there. Raises TrainingError if `stop_if` stopped the run there, and still does."""
-        is_stage_end = progress.stage_tokens == 0
+    def at_checkpoint(self, place: Place) -> Place:
+        """Score what was left out there; the place as `after_step` gives it."""
+        progress, is_stage_end = place.progress, place.progress.stage_tokens == 0
+        index = progress.stage - is_stage_end
+        stage = self.run.stages[index].name
         if progress.step and self.is_due(progress, is_stage_end):
-            index = progress.stage - is_stage_end
             self.engine.use_model_settings(self.run.model_of(index))
-            self._score(progress, self.run.stages[index].name, is_stage_end)
-        self.refuse_what_was_forgotten(progress.step)
+            self._score(progress, stage, is_stage_end)
+        return self._judged(place, stage)[0]
 
     def refuse_what_was_forgotten(self, step: int) -> None:
         """Raise TrainingError if `stop_if` stops the run at that step, which is saved. Leave a note, or take it off."""
@@ -78,6 +81,17 @@ class Scoring:
             (self.folder.path / STOPPED).unlink(missing_ok=True)
         if has_forgotten:
             raise TrainingError(verdict.as_line(step) if verdict else "stopped by stop_if; the first rank says why")
+
+    def _judged(self, place: Place, stage: str) -> tuple[Place, bool]:
+        """The place with `stop_if`'s stop in its ledger, as the first rank reads it from the scores; is there one?"""
+        if not self.run.stop_if.forgetting:
+            return place, False
+        step, told = place.progress.step, ""
+        if verdict := self._verdict(step):
+            stop = Stop(stage, step, verdict.source, round(verdict.forgetting, 6), verdict.above)
+            told = json.dumps(stop.as_json())
+        told = self.mesh.texts(told)[0]
+        return (place.stopped_by(Stop.from_json(json.loads(told))), True) if told else (place, False)
 
     def _has_forgotten(self, step: int) -> bool:
         """Whether a limit of `stop_if` is exceeded by the evaluation at that step."""

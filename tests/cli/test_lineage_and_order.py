@@ -11,7 +11,7 @@ import pytest
 
 from cpt.cli import main
 from cpt.lineage.chain import START, lengthen
-from cpt.lineage.ledger import Entry, Ledger, ShareChange
+from cpt.lineage.ledger import Entry, Ledger, ShareChange, Stop
 from cpt.lineage.tree import Parent, write_lineage
 
 
@@ -59,6 +59,17 @@ def test_changes_of_replays_share_are_told_with_the_reason(tmp_path, capsys):
     assert main(["lineage", str(run)]) == 0
     told = capsys.readouterr().out.splitlines()[-1]
     assert told == "replay 31.5% of stage news from window 1,920 on: prose had lost 0.1235 nats a token"
+
+
+def test_what_stopped_a_run_is_told_with_the_limit(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    ledger = Ledger().with_stop(Stop("news", 1200, "prose", 0.1234567, 0.1))
+    (run / "ledger.json").write_text(json.dumps(ledger.as_json()))
+    assert main(["lineage", str(run)]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == (
+        "stop_if ended a run after its step 1,200, in stage news: prose had lost 0.1235 nats a token, 0.1 was allowed"
+    )
 
 
 def test_a_run_that_is_given_twice_is_shown_once(tmp_path, capsys):

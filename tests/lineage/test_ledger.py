@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt.config import Fault
-from cpt.lineage.ledger import Entry, Ledger, ShareChange
+from cpt.lineage.ledger import Entry, Ledger, ShareChange, Stop
 
 
 def entry(num_windows: int = 10, **changes) -> Entry:
@@ -131,6 +131,25 @@ def test_changes_of_replays_share_stay_with_the_ledger_and_survive_the_way_throu
     }  # fmt: skip
     after = ledger.with_entry(entry().with_draws(0, 5)).with_entry(entry(seed=9)).as_inherited()
     assert after.share_changes == CHANGES and len(after.entries) == 2
+
+
+STOPS = (Stop("new", 12, "en", 0.25, 0.1), Stop("new", 14, "en", math.inf, 0.1))
+
+
+def test_what_stopped_runs_stays_with_the_ledger_and_survives_the_way_through_json():
+    ledger = Ledger((entry(),)).with_stop(STOPS[0]).with_stop(STOPS[1])
+    assert Ledger.from_json(json.loads(json.dumps(ledger.as_json(), allow_nan=False))) == ledger
+    assert ledger.as_json()["stops"] == [
+        {"stage": "new", "step": 12, "source": "en", "forgetting": 0.25, "above": 0.1},
+        {"stage": "new", "step": 14, "source": "en", "forgetting": "inf", "above": 0.1},
+    ]
+    assert ledger.with_entry(entry(seed=9)).as_inherited().stops == STOPS
+
+
+def test_a_stop_that_is_told_again_is_recorded_once():
+    nan = Stop("new", 12, "en", math.nan, 0.1)
+    ledger = Ledger().with_stop(STOPS[0]).with_stop(nan)
+    assert ledger.with_stop(STOPS[0]) is ledger and ledger.with_stop(Stop("new", 12, "en", math.nan, 0.1)) is ledger
 
 
 @pytest.mark.parametrize("plain", [{"sources": []}, {"format_version": 2, "sources": []}])

@@ -7,6 +7,7 @@ import json
 import pytest
 from cpt_harness import runs
 
+from cpt.checkpoint import RunFolder
 from cpt.cli import main
 from cpt.evaluation.history import read_history
 from cpt.evaluation.measures import measures
@@ -78,6 +79,65 @@ def test_a_run_that_forgets_too_much_is_saved_and_stopped_says_why_and_goes_on_w
         assert found.pop("checkpoints") and expected.pop("checkpoints")  # it saved once more, where it stopped
         assert found["metrics"] == expected["metrics"] and found["order"] == expected["order"]
         assert found["scores"] == expected["scores"]
+
+
+@pytest.fixture(scope="module")
+def limited(data, base, tmp_path_factory):
+    """Settings of a child of `base` that `stop_if` stops after step 2, the first that is evaluated, and its folder."""
+    output = tmp_path_factory.mktemp("limited") / "run"
+    plain = runs.settings(data, output, [runs.stage(data, "code", 6)], parent={"run": str(base)})
+    plain["evaluation"]["every_tokens"] = 2 * runs.TOKENS_A_STEP
+    plain["stop_if"] = {"forgetting": {"source": "prose", "above": 1e-6}}
+    config = runs.write_settings(output.parent / "run.yaml", plain)
+    for _ in range(2):  # the second time nothing is trained on
+        ((status, _),) = runs.cpt("train", config)
+        assert status == 1
+    return config, output
+
+
+def stops_of(run):
+    """What ledger.json and the newest checkpoint say, which is the same."""
+    told = json.loads((run / "ledger.json").read_text())
+    state = RunFolder(run).latest().state
+    assert state["ledger"] == told
+    return told["stops"]
+
+
+def test_what_stopped_a_run_is_in_its_ledger_once(limited):
+    _, output = limited
+    lost = json.loads((output / "stopped.json").read_text())["stop_if"]["forgetting"]
+    assert stops_of(output) == [
+        {"stage": "code", "step": 2, "source": "prose", "forgetting": round(lost, 6), "above": 1e-6}
+    ]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_limit_exceeded_in_an_evaluation_that_a_signal_left_to_the_resume_is_in_the_ledger_all_the_same(
+    limited, tmp_path, ranks
+):
+    config, output = limited
+    words = ["train", config, f"output={tmp_path / 'run'}"]
+    runs.cpt(*words, before=runs.ask_to_stop_at(1))
+    assert not [s for s in runs.lines(tmp_path / "run" / "scores.jsonl") if s["step"] == 2], "the signal came first"
+    ended = runs.cpt(*words, ranks=ranks)
+    assert [status for status, _ in ended] == [1] * ranks
+    if ranks == 1:
+        runs.assert_same_story(runs.story(tmp_path / "run"), runs.story(output))
+    (stop,), (expected,) = stops_of(tmp_path / "run"), stops_of(output)
+    assert stop == {**expected, "forgetting": pytest.approx(expected["forgetting"], abs=1e-5)}
+
+
+def test_a_stop_stays_as_history_when_the_run_goes_on_and_in_its_children(limited, tmp_path):
+    config, output = limited
+    copied, stops = runs.copy(output, tmp_path / "run"), stops_of(output)
+    words = [config, f"output={copied}"]
+    runs.cpt("train", *words, "stop_if.forgetting=[]", before=runs.ask_to_stop_at(3))
+    assert runs.num_lines(copied / "metrics.jsonl") == 4
+    assert stops_of(copied) == stops
+    runs.trained(*words, "stop_if.forgetting=[]")
+    assert stops_of(copied) == stops
+    runs.trained(*words[:1], f"output={tmp_path / 'child'}", f"parent.run={copied}", "stop_if.forgetting=[]")
+    assert stops_of(tmp_path / "child") == stops
 
 
 def test_a_limit_exceeded_by_the_last_evaluation_leaves_a_run_that_is_not_finished(data, base, tmp_path):
