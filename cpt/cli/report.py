@@ -9,7 +9,16 @@ import sys
 from pathlib import Path
 
 from cpt.config import Fault
-from cpt.report import comparison_text, findings, matrix_text, measures_text, read_run, read_runs, runs_text
+from cpt.report import (
+    comparison_text,
+    findings,
+    hours_text,
+    matrix_text,
+    measures_text,
+    read_run,
+    read_runs,
+    runs_text,
+)
 from cpt.report.as_json import as_plain
 from cpt.report.page import check_output, write_report
 
@@ -45,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     width = max(shutil.get_terminal_size().columns, 80) if sys.stdout.isatty() else WIDTH_ELSEWHERE
     tables = [matrix_text(runs[0], width)] if len(runs) == 1 else [comparison_text(runs, width)]
-    told = [*tables, measures_text(runs, baseline), runs_text(runs), "\n".join(findings(runs))]
+    told = [*tables, measures_text(runs, baseline), hours_text(runs), runs_text(runs), "\n".join(findings(runs))]
     print("\n\n".join(filter(None, told)))
     if arguments.output:
         print(f"\nreport with pictures: {arguments.output.resolve()}")

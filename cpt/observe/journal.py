@@ -9,17 +9,22 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cpt.observe.attempts import note_attempt
 from cpt.observe.records import Records
 from cpt.observe.speed import as_duration
 
 _log = logging.getLogger(__name__)
 
+# What of a run's time the records of a step and of an evaluation stand for.
+_SECONDS = ("step_seconds", "save_seconds", "evaluation_seconds")
+
 
 class Journal:
     """Writes the `.jsonl` files of a run folder, on the first rank; on the others it does nothing.
 
-    Lines after step `keep_until_step` are dropped. On a terminal a progress bar stands for the step lines, which then
-    go to the log file alone; elsewhere every `every_steps`-th line is shown.
+    Lines after step `keep_until_step` are dropped, and `attempts.jsonl` says how much work that was. On a terminal a
+    progress bar stands for the step lines, which then go to the log file alone; elsewhere every `every_steps`-th line
+    is shown.
     """
 
     def __init__(
@@ -31,10 +36,19 @@ class Journal:
         self._has_bar = is_first and sys.stderr.isatty()
         if is_first:
             self._files = {n: Records(folder / f"{n}.jsonl", keep_until_step) for n in ("metrics", "scores", "order")}
+            self._note_lost_work(folder)
         self._scored = {(r["step"], r["source"]) for r in self._files["scores"].kept} if is_first else set()
         self._bar = tqdm(
             total=total_tokens, initial=tokens_done, unit="tok", unit_scale=True, disable=not self._has_bar, leave=False
         )
+
+    def _note_lost_work(self, folder: Path) -> None:
+        """Note which steps and evaluations of the attempt before are made again; nothing if none are."""
+        steps, scores = self._files["metrics"].dropped, self._files["scores"].dropped
+        if not steps and not scores:
+            return
+        seconds = sum(record.get(part, 0.0) for record in [*steps, *scores] for part in _SECONDS)
+        note_attempt(folder, "resumed_over", steps=len(steps), seconds=round(seconds, 3))
 
     def has_scored(self, step: int, source: str) -> bool:
         """Whether the score of a source at that step stands in `scores.jsonl`; False on all but the first rank."""

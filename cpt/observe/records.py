@@ -14,17 +14,20 @@ _log = logging.getLogger(__name__)
 class Records:
     """Appends one JSON object a line, each flushed at once. `keep_until_step`: on opening, later lines are dropped.
 
-    A run that goes on from a checkpoint drops what was written after it, so that each step stands there once.
+    A run that goes on from a checkpoint drops what was written after it, so that each step stands there once; `kept`
+    and `dropped` are the objects of that moment.
 
     What the disk does not take is kept in memory and written with the next line: a full disk ends no run.
     """
 
     def __init__(self, path: Path, keep_until_step: int) -> None:
-        kept = [line for line in read_records(path) if line["step"] <= keep_until_step] if path.exists() else []
+        before = list(read_records(path)) if path.exists() else []
+        kept = [line for line in before if line["step"] <= keep_until_step]
         aside = path.with_name(path.name + ".aside")
         aside.write_text("".join(_as_line(record) for record in kept), encoding="utf-8")
         aside.replace(path)
         self.kept = kept
+        self.dropped = [line for line in before if line["step"] > keep_until_step]
         self._path = path
         self._file = path.open("ab", buffering=0)  # how much of a line the disk took must be known
         self._left = bytearray()

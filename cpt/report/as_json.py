@@ -1,4 +1,4 @@
-"""What a report says as plain values, for other programs: score matrix, measures and passages of each run."""
+"""What a report says as plain values, for other programs: score matrix, measures, hours and passages of each run."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def _of_run(run: RunRecord, baseline: Mapping[str, float] | None) -> dict[str, A
         "forgetting": {source: forgetting(matrix.column(source)) for source in matrix.sources},
         "rise": {source: rise(matrix.column(source)) for source in matrix.sources},
         "measures": dataclasses.asdict(measures(run.history, baseline)) if run.history else None,
+        "goodput": {**dataclasses.asdict(run.goodput), "share": run.goodput.share} if run.goodput else None,
         "passages": [dataclasses.asdict(one) for one in passages(run.history)] if run.history else None,
     }
 

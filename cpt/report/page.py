@@ -1,7 +1,7 @@
 """One HTML page about several runs: no scripts, no network, no second file; it can be mailed and kept.
 
-Top to bottom: what was learned and lost in words, the tables, the pictures, the score matrices, the runs, their
-lineage and their settings. All text from files is escaped.
+Top to bottom: what was learned and lost in words, the tables, the pictures, the score matrices, the hours, the runs,
+their lineage and their settings. All text from files is escaped.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 
 from cpt.config import Fault
 from cpt.report import plots
+from cpt.report.goodput import CAUSES
+from cpt.report.hours import hours_table, shares_told
 from cpt.report.measures import measures_table, passages_table
 from cpt.report.runs import RunRecord
 from cpt.report.tables import (
@@ -105,6 +107,7 @@ def page(runs: Sequence[RunRecord]) -> str:
         section("Measures", measures_of(runs)),
         section("Over the course of training", pictures(runs)),
         section("Score matrices", heat_maps(runs)),
+        section("Where the hours went", hours(runs)),
         section("Runs", html_table(runs_table(runs))),
         section("Lineage", lineage(runs)),
         section("Settings", "".join(settings(run) for run in runs)),
@@ -178,6 +181,15 @@ def pictures(runs: Sequence[RunRecord]) -> str:
         (plots.learning_rate(runs), "Learning rate."),
     ]
     return "\n".join(figure(picture, caption) for picture, caption in told if picture)
+
+
+def hours(runs: Sequence[RunRecord]) -> str:
+    """The wall time of the runs by cause, with what the causes mean; nothing if no run has noted its starts."""
+    table = hours_table(runs)
+    if table is None:
+        return ""
+    told = f"{shares_told(runs)} " + "; ".join(f"{cause}: {meaning}" for cause, meaning in CAUSES.items()) + "."
+    return f'<p class="pale">{escape(told)}</p>' + figure(plots.hours(runs), "Wall time by cause.") + html_table(table)
 
 
 def heat_maps(runs: Sequence[RunRecord]) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of runs as SVG for the page: training loss, learning rate, held-out loss, score matrix.
+"""Pictures of runs as SVG for the page: training loss, learning rate, held-out loss, score matrix, hours.
 
 A run has one colour in all pictures. Nothing here opens a window or asks for a display. Lines and letters that are not
 of a run take the colour of the text around the picture, so that it reads on a light and on a dark page.
@@ -22,6 +22,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from cpt.evaluation import ScoreRow
+from cpt.observe.speed import as_duration
+from cpt.report.goodput import CAUSES
 from cpt.report.runs import RunRecord
 from cpt.report.tables import all_sources, shortened, tokens_cell
 
@@ -92,6 +94,27 @@ def held_out_loss(runs: Sequence[RunRecord]) -> str:
         ]
         panels.append((source, [curve(run, of_run) for run, of_run in zip(runs, points, strict=True)]))
     return lines(runs, panels, "held-out loss, nats a token", draw_dotted, "held-out-loss")
+
+
+def hours(runs: Sequence[RunRecord]) -> str:
+    """A bar a run: its wall time by cause, from left to right in the order of `CAUSES`."""
+    told = [run for run in runs if run.goodput]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH_INCHES, 0.9 + 0.4 * len(told)), layout="constrained")
+        axes = figure.add_subplot()
+        left = np.zeros(len(told))
+        for cause, ink in zip(CAUSES, RUN_COLOURS, strict=True):
+            # A clock that was set back must not draw a bar from right to left.
+            width = np.array([max(0.0, run.goodput.seconds[cause]) for run in told])
+            axes.barh(range(len(told)), width, left=left, color=ink, label=f" {cause}")
+            left += width
+        axes.set_yticks(range(len(told)), [shortened(run.label) for run in told])
+        axes.invert_yaxis()
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: as_duration(seconds)))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.grid(False, axis="y")
+        figure.legend(loc="outside upper left", ncols=len(CAUSES))
+        return svg(figure, "hours", "wall time of the runs by cause")
 
 
 def score_heat_map(run: RunRecord, runs: Sequence[RunRecord]) -> str:

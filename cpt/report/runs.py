@@ -12,6 +12,8 @@ from pathlib import Path
 from cpt.config import Fault
 from cpt.evaluation import ScoreMatrix, score_matrix
 from cpt.evaluation.history import History, read_history
+from cpt.observe.attempts import ATTEMPTS, read_attempts
+from cpt.report.goodput import Goodput, goodput
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class RunRecord:
     parent_label: str | None = None  # of the parent, if it is in the same report
     tokens_before: int = 0  # tokens of the parents in the same report, up to where this run began
     history: History | None = None  # its scores and those of all its parents, in the report or not
+    goodput: Goodput | None = None  # where its hours went, if its starts were noted
 
     @property
     def tokens(self) -> int:
@@ -98,6 +101,7 @@ def read_run(folder: Path) -> RunRecord:
         steps = parse_steps(metrics)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Fault(f"{folder}: a line of {METRICS} or {LINEAGE} lacks a value or has a wrong one: {error!r}") from None
+    account = read_goodput(folder, metrics, scores, notes)
     try:
         matrix = score_matrix(scores)
     except Fault as fault:
@@ -119,7 +123,19 @@ def read_run(folder: Path) -> RunRecord:
         settings=settings.read_text(encoding="utf-8", errors="replace") if settings.is_file() else "",
         notes=tuple(notes),
         history=history,
+        goodput=account,
     )
+
+
+def read_goodput(
+    folder: Path, metrics: list[dict[str, object]], scores: list[dict[str, object]], notes: list[str]
+) -> Goodput | None:
+    """Where the hours of a run went; None, noted if there is a damaged file, where that cannot be told."""
+    try:
+        return goodput(read_attempts(folder), metrics, scores)
+    except (KeyError, TypeError) as error:
+        notes.append(f"{folder / ATTEMPTS}: an event lacks a value or has a wrong one, {error!r}; its time is not told")
+        return None
 
 
 def read_json_lines(path: Path, notes: list[str]) -> list[dict[str, object]]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from cpt.checkpoint import Content, Ended, Place, RunFolder, Saver, keep
 from cpt.checkpoint.settings import Settings
 from cpt.lineage.ledger import Ledger
+from cpt.observe.attempts import note_attempt
 from cpt.parallel.mesh import Mesh
 from cpt.progress import Progress
 
@@ -42,6 +44,7 @@ class Saving:
         self._began = time.monotonic()  # of the last save, of any kind
         self._num_failed = 0
         self._num_told = 0
+        self._seconds = 0.0  # that training has waited for saves, and no record has told
 
     def close(self) -> None:
         """Return when this rank writes no more."""
@@ -76,34 +79,44 @@ class Saving:
         """Return when no save is on its way."""
         self._tell(self._saver.wait())
 
-    def news(self) -> dict[str, int]:
-        """For the next line of `metrics.jsonl`: how many saves have failed, if that has become more."""
-        if self._num_failed == self._num_told:
-            return {}
-        self._num_told = self._num_failed
-        return {"checkpoint_failed": self._num_failed}
+    def news(self) -> dict[str, int | float]:
+        """For the next line of `metrics.jsonl`: how long saves have held up training since the last one, if they did;
+        how many have failed, if that has become more.
+        """
+        news: dict[str, int | float] = {}
+        if self._seconds:
+            news["save_seconds"], self._seconds = round(self._seconds, 6), 0.0
+        if self._num_failed != self._num_told:
+            news["checkpoint_failed"] = self._num_told = self._num_failed
+        return news
 
     def save(self, place: Place, ledger: Ledger, *, is_temporary: bool = False) -> None:
         """Save at `place`: in the background if the settings say so, after the save before has ended.
 
         Raises OSError on every rank if that fails and nothing was to be in the background.
         """
-        if not self._settings.in_background:
-            if failure := self._save_now(place, ledger, is_temporary):
-                raise OSError(failure)
-            return
-        self.wait()
-        began = time.perf_counter()
-        if not self._tell(self._begin(place, ledger, is_temporary, copies=True)):
-            seconds = time.perf_counter() - began
-            _log.info("copied step %d in %.2f s; writing it in the background", place.progress.step, seconds)
+        with self._holding_up():
+            if not self._settings.in_background:
+                if failure := self._save_now(place, ledger, is_temporary):
+                    raise OSError(failure)
+                return
+            self.wait()
+            began = time.perf_counter()
+            if not self._tell(self._begin(place, ledger, is_temporary, copies=True)):
+                seconds = time.perf_counter() - began
+                _log.info("copied step %d in %.2f s; writing it in the background", place.progress.step, seconds)
 
     def save_last(self, place: Place, ledger: Ledger) -> None:
         """Save at `place`, after which the run ends: return when the checkpoint stands.
 
         What fails is tried once more. Raises OSError on every rank if that fails too.
         """
-        if self._save_now(place, ledger) and (failure := self._save_now(place, ledger)):
+        with self._holding_up():
+            failure = self._save_now(place, ledger) and self._save_now(place, ledger)
+        if self._mesh.is_first:  # no step follows whose record could tell it
+            note_attempt(self._folder.path, "saved_last", step=place.progress.step, seconds=round(self._seconds, 3))
+        self._seconds = 0.0
+        if failure:
             raise OSError(failure)
 
     def settle(self, place: Place, ledger: Ledger) -> None:
@@ -111,6 +124,15 @@ class Saving:
         target = self._folder.checkpoint_at(place.progress.step)
         self._folder.keep_newest(target, self._settings.keep_last)
         self._folder.write_json("ledger.json", ledger.as_json())
+
+    @contextmanager
+    def _holding_up(self) -> Iterator[None]:
+        """What happens inside holds up training."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds += time.perf_counter() - began
 
     def _save_now(self, place: Place, ledger: Ledger, is_temporary: bool = False) -> str | None:
         """Save while training waits; why it failed, if it did."""

@@ -6,6 +6,7 @@ import io
 import logging
 import resource
 
+from cpt.observe.attempts import read_attempts
 from cpt.observe.journal import Journal
 from cpt.observe.logs import log_to_file, log_to_terminal
 from cpt.observe.records import read_records
@@ -68,6 +69,21 @@ def test_going_on_keeps_what_was_before_and_knows_what_was_scored(tmp_path):
     assert [after.has_scored(step, "prose") for step in (1, 2, 3)] == [True, True, False]
     for name in ("metrics", "scores", "order"):
         assert [record["step"] for record in read_records(tmp_path / f"{name}.jsonl")] == [1, 2]
+
+
+def test_work_that_is_dropped_on_going_on_is_noted_with_its_seconds(tmp_path):
+    before = journal_in(tmp_path)
+    for step in (1, 2, 3, 4):
+        before.step({**STEP, "step": step, "step_seconds": 2.0, **({"save_seconds": 0.5} if step == 3 else {})}, 100)
+    before.scores([{**record, "step": 4} for record in SCORES])
+    before.close()
+    assert read_attempts(tmp_path) == []
+    journal_in(tmp_path, keep_until_step=2).close()
+    (event,) = read_attempts(tmp_path)
+    # Two steps of 2 s, a save of 0.5 s between them, evaluations of 1.5 and 0.75 s.
+    assert (event["event"], event["steps"], event["seconds"]) == ("resumed_over", 2, 6.75)
+    journal_in(tmp_path, keep_until_step=2).close()
+    assert len(read_attempts(tmp_path)) == 1
 
 
 def test_other_ranks_write_and_tell_nothing(tmp_path, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import re
 from html.parser import HTMLParser
@@ -14,7 +15,8 @@ import pytest
 from cpt.cli import report as report_command
 from cpt.config import Fault
 from cpt.evaluation import score_matrix
-from cpt.report import Parent, RunRecord, StepRecord, plots
+from cpt.report import Parent, RunRecord, StepRecord, hours_text, plots
+from cpt.report.goodput import CAUSES, Goodput
 from cpt.report.page import page, write_report
 
 HOSTILE = "</pre><script>alert('$x$ & more')</script>"
@@ -83,6 +85,31 @@ def test_the_page_names_every_run_and_shows_all_pictures():
     words = "".join(read.words)
     assert "Of prose, replay forgot 0.200 and plain 0.800: 75 % less." in words
     assert "left base at step 40, after 4.00 k tokens; trained on 4.00 k tokens" in words
+
+
+def with_hours(run: RunRecord, share: float) -> RunRecord:
+    """So much of a hundred hours was training, the rest was down."""
+    seconds = {**dict.fromkeys(CAUSES, 0.0), "training": 36e4 * share, "down": 36e4 * (1 - share)}
+    return dataclasses.replace(run, goodput=Goodput(36e4, seconds, attempts=3, lost_steps=41))
+
+
+def test_the_page_tells_where_the_hours_went_of_the_runs_that_noted_it():
+    base, plain, replay = FAMILY
+    read = Reader(page((base, with_hours(plain, 0.9), with_hours(replay, 0.5))))
+    words = "".join(read.words)
+    assert "Goodput, training over wall time: plain 90.0 %, replay 50.0 %." in words
+    assert "4d04h" in words and "3d18h  90.0 %" in words and "41" in words
+    assert read.tags.count("svg") == 3 + len(FAMILY) + 1
+    assert "Where the hours went" not in page(FAMILY)
+
+
+def test_the_terminal_tells_where_the_hours_went():
+    told = hours_text([with_hours(FAMILY[1], 0.9)])
+    assert told.splitlines()[1].split() == ["cause", "|", "plain"]
+    rows = {line.split()[0]: line.split()[2:] for line in told.splitlines()}
+    assert rows["training"] == ["3d18h", "90.0", "%"] and rows["down"] == ["10h00m", "10.0", "%"]
+    assert told.splitlines()[-1] == "Goodput, training over wall time: plain 90.0 %."
+    assert hours_text(FAMILY) == ""
 
 
 def test_the_page_asks_for_nothing_outside_itself():

@@ -13,6 +13,7 @@ from cpt.config import as_mapping, read_settings
 from cpt.data.corpus import Corpus
 from cpt.lineage import tree
 from cpt.lineage.ledger import Ledger
+from cpt.observe.attempts import read_attempts
 from cpt.run import Run, read_run
 
 STEP_FIELDS = ["step", "tokens", "stage", "loss", "loss_by_source", "learning_rate", "s1", "s2", "grad_norm",
@@ -24,8 +25,8 @@ SCORE_FIELDS = ["step", "tokens", "stage", "stage_end", "source", "loss", "bits_
 def test_a_run_folder_holds_what_the_design_says_and_nothing_else(base, child):
     for run, last in ((base, "step-00000020"), (child, "step-00000016")):
         assert sorted(path.name for path in run.iterdir()) == [
-            "checkpoints", "finished.json", "ledger.json", "lineage.json", "logs", "metrics.jsonl", "order.jsonl",
-            "run.yaml", "scores.jsonl", "tokenizer",
+            "attempts.jsonl", "checkpoints", "finished.json", "ledger.json", "lineage.json", "logs", "metrics.jsonl",
+            "order.jsonl", "run.yaml", "scores.jsonl", "tokenizer",
         ]  # fmt: skip
         assert (run / "checkpoints" / "latest").read_text() == f"{last}\n"
         assert sorted(path.name for path in (run / "logs").iterdir()) == ["rank-00000.log"]
@@ -49,10 +50,17 @@ def test_there_is_one_line_a_step_with_every_field(base, child):
         assert [record["step"] for record in records] == list(range(1, num_steps + 1))
         assert [record["tokens"] for record in records] == [s * runs.TOKENS_A_STEP for s in range(1, num_steps + 1)]
         for record in records:
-            assert [key for key in record if not key.startswith("method/")] == STEP_FIELDS
+            assert [key for key in record if not key.startswith(("method/", "save_"))] == STEP_FIELDS
             assert record["tokens_per_second"] > 0 and record["mfu"] > 0 and record["skipped"] == 0
         told = [record["step"] for record in records if "method/reptile/displacement" in record]
         assert told == ([3, 6, 9, 12, 15, 18] if run == base else [])
+
+
+def test_how_long_a_save_held_up_training_stands_in_the_line_of_the_next_step_or_of_the_end(base):
+    records = runs.lines(base / "metrics.jsonl")
+    assert [record["step"] for record in records if record.get("save_seconds", 0) > 0] == [6, 11, 16]
+    (last,) = [event for event in read_attempts(base) if event["event"] == "saved_last"]
+    assert last["step"] == 20 and last["seconds"] > 0
 
 
 def test_the_learning_rate_is_that_of_the_schedule_before_the_step(base):

@@ -260,7 +260,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-TIMES = ("step_seconds", "tokens_per_second", "mfu", "evaluation_seconds")
+TIMES = ("step_seconds", "tokens_per_second", "mfu", "evaluation_seconds", "save_seconds")
 
 
 def story(run: Path) -> dict[str, Any]:
