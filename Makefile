@@ -1,6 +1,7 @@
 # make quickstart   set up and run the main job: a model learns prose, then code, and does not forget
 # make test         set up and run the tests
 # make test-long    set up and run the tests that take minutes, which `make test` leaves out
+# make test-cluster set up and run the tests on a SLURM that they start themselves: root, slurm-wlm, munge, iproute2
 # make lint         what ruff says
 # make clean        remove the virtual environment and the quickstart's runs
 #
@@ -15,7 +16,7 @@ WORKERS ?= 2
 PIP_ARGUMENTS ?=
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-long lint clean
+.PHONY: setup quickstart test test-long test-cluster lint clean
 
 setup: $(VENV)/.installed
 
@@ -38,6 +39,11 @@ test: setup
 test-long: setup
 	@echo "== tests that take minutes =="
 	"$(BIN)/python" -m pytest -m long --durations=0
+
+# What they measured stands in the output: the fault table of docs/CLUSTER.md.
+test-cluster: setup
+	@echo "== tests on a SLURM cluster =="
+	"$(BIN)/python" -m pytest tests/cluster -m "cluster and not long" -s -rs
 
 lint: setup
 	"$(BIN)/ruff" check .
