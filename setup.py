@@ -33,6 +33,7 @@ setup(
         "protobuf>=4",  # sentencepiece's model format
         "tqdm>=4.64",
         "matplotlib>=3.7",
+        "psutil>=5.9",
     ],
     extras_require={
         "fast": ["tiktoken>=0.14"],  # byte-level BPE tokenizers at several times the speed, the same ids

@@ -23,6 +23,8 @@ from cpt.parallel.together import together
 _log = logging.getLogger(__name__)
 
 FINISHED = "finished.json"
+# What `cpt submit` and the supervisor put there before a run begins.
+_BEFORE_A_RUN = {"attempts.jsonl", "logs", "snapshot", "stop"}
 
 
 class RunFolder:
@@ -57,7 +59,8 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise Fault(f"output = {self.path}: this is a file; name a folder")
         # What a run that was ended while it made its folder has left there is none of the user's.
-        used = self.path.is_dir() and any(not path.name.endswith(".aside") for path in self.path.iterdir())
+        names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
+        used = any(not name.endswith(".aside") and name not in _BEFORE_A_RUN for name in names)
         if used and not self.is_run:
             raise Fault(
                 f"output = {self.path}: the folder is used, but not by a run (it has no run.yaml); "

@@ -74,6 +74,13 @@ def test_no_folder_an_empty_one_and_what_a_sudden_end_leaves_are_accepted(tmp_pa
     RunFolder(tmp_path).refuse_other_contents()
 
 
+def test_what_a_submission_leaves_before_the_run_begins_is_accepted(tmp_path):
+    for name in ("logs", "snapshot"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "attempts.jsonl").write_text("")
+    RunFolder(tmp_path).refuse_other_contents()
+
+
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(Fault, match="the folder cannot be made: Not a directory"):

@@ -1,0 +1,266 @@
+"""Keeps a run going: starts its command until the run itself says that it is finished, or there is no point in it.
+
+    finished.json is there                       0
+    the request cannot work (status 2)           2
+    the run says that its end is final           1
+    somebody asked to stop                       saved; requeued in a SLURM job that goes on, else 128 + signal
+    a failure, and a node of the job is bad      requeued
+    a failure                                    again after a while; 1 after so many in a row without a new checkpoint
+
+It goes by what the run wrote (finished.json, attempts.jsonl, checkpoints/latest): launchers lose exit statuses. What it
+decides stands there too, so that the next try of a requeued job knows how many came before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cpt.config import Fault
+from cpt.observe.attempts import note_attempt, read_attempts
+from cpt.observe.logs import log_to_terminal
+from cpt_launcher.attempt import Attempt, newest_step
+from cpt_launcher.environment import keep_environment
+from cpt_launcher.own_job import OwnJob
+from cpt_launcher.rendezvous import is_slurm_step, number
+from cpt_launcher.verdict import CANNOT_WORK, Limits, Tries, Verdict, tries_without_progress, verdict_of
+
+_log = logging.getLogger("cpt.supervisor")  # of the tree that log_to_terminal shows
+
+# cpt.checkpoint and the ranks know them too; to import those would take torch, and so seconds.
+FINISHED_FILE, STOP_FILE = "finished.json", "stop"
+_LOOK_SECONDS = 0.2
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
+def main(words: Sequence[str]) -> int:
+    """Supervise what the words of `launcher/supervise.py` ask for; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="supervise.py",
+        description="Start COMMAND until the run in FOLDER is finished, or starting it again is of no use.",
+        epilog="example: python launcher/supervise.py --run runs/mine -- deepspeed launcher/run.py my.yaml",
+    )
+    parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="the run's folder, its `output`")
+    parser.add_argument("--restarts", type=int, default=3, metavar="N", help="failures without a newer checkpoint that "
+                        "are followed by another start; default: 3")  # fmt: skip
+    parser.add_argument("--backoff", type=float, default=10.0, metavar="SECONDS", help="pause after the first failure, "
+                        "twice as long after each more; default: 10")  # fmt: skip
+    parser.add_argument("--grace", type=float, default=300.0, metavar="SECONDS", help="time to save in after a request "
+                        "to stop; what is left then is killed; default: 300")  # fmt: skip
+    parser.add_argument("--no-requeue", action="store_true", help="never requeue the SLURM job this runs in")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="srun, deepspeed, python, ...")
+    try:
+        arguments = parser.parse_args(words)
+        command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+        if not command:
+            parser.error("no command: name it after --")
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    log_to_terminal()
+    limits = Limits(arguments.restarts, arguments.backoff)
+    try:
+        refuse_many(os.environ)
+        supervisor = Supervisor(arguments.run, command, limits, arguments.grace, os.environ, not arguments.no_requeue)
+        return supervisor.supervise()
+    except Fault as fault:
+        for line in fault.lines:
+            _log.error("%s", line)
+        return CANNOT_WORK
+    except OSError as error:
+        _log.error("%s: %s", error.filename or arguments.run, error.strerror)
+        return 1
+
+
+def refuse_many(environment: Mapping[str, str]) -> None:
+    """Raise Fault in a SLURM step of several tasks: each would start the whole command."""
+    tasks = number(environment, "SLURM_STEP_NUM_TASKS", otherwise=1)
+    if tasks > 1 and is_slurm_step(environment):
+        raise Fault(
+            f"srun started supervise.py {tasks} times; start it once, in the batch script, and srun after its --"
+        )
+
+
+class Supervisor:
+    """One supervision of one run. `environment` tells whether it goes on in a SLURM job, which then may be requeued."""
+
+    def __init__(
+        self,
+        run: Path,
+        command: Sequence[str],
+        limits: Limits,
+        grace: float,
+        environment: Mapping[str, str],
+        may_requeue: bool = True,
+    ) -> None:
+        self._run, self._command, self._limits, self._grace = run, list(command), limits, grace
+        self._environment = environment
+        self._job = OwnJob(environment)
+        self._may_requeue = may_requeue and self._job.name is not None
+        # Tries are counted over the requeues of a job; who starts a supervisor again by hand begins to count anew.
+        self._by = f"job {self._job.name}" if self._job.name else f"process {os.getpid()} at {time.time():.0f}"
+        self._asked: int | None = None
+
+    def supervise(self) -> int:
+        """Start the command as often as it makes sense; the exit status for the caller."""
+        self._run.mkdir(parents=True, exist_ok=True)
+        with self._listening():
+            self._keep_environment()
+            while not self._is_finished():
+                verdict = Verdict("stopped", "asked to stop before the start", self._asked)
+                if self._asked is None:
+                    verdict = self._try_once()
+                if verdict.end == "finished":
+                    break
+                status = self._after(verdict)
+                if status is not None:
+                    return status
+        _log.info("%s is finished", self._run)
+        self._cancel_chain()
+        return 0
+
+    # ---- an attempt
+
+    def _try_once(self) -> Verdict:
+        """Start the command and wait for its end; what it came to."""
+        self._note("launched", step=newest_step(self._run), by=self._by)
+        num_events, steps_before = len(read_attempts(self._run)), self._job.steps()
+        attempt = Attempt(self._command)
+        asked_at, was_killed = None, False
+        while (status := attempt.status()) is None:
+            if self._asked is not None:
+                asked_at = asked_at or self._ask_to_stop(attempt)
+                self._put_stop_file()  # again and again: ranks that are just starting take it for an old one
+                if not was_killed and time.monotonic() - asked_at > self._grace:
+                    _log.error("not ended %.0f s after the request to stop: killed", self._grace)
+                    was_killed = True
+                    self._job.kill_steps(self._job.steps() - steps_before)
+                    attempt.kill()
+            time.sleep(_LOOK_SECONDS)
+        self._clear(attempt, steps_before, asked_at)
+        (self._run / STOP_FILE).unlink(missing_ok=True)
+        return verdict_of(status, self._asked, self._is_finished(), read_attempts(self._run)[num_events:])
+
+    def _ask_to_stop(self, attempt: Attempt) -> float:
+        """Hand the request on; when that was."""
+        _log.warning(
+            "asked to stop by %s: told the run, which has %.0f s to save", _name(self._asked), self._grace
+        )  # fmt: skip
+        self._put_stop_file()
+        attempt.tell()
+        return time.monotonic()
+
+    def _put_stop_file(self) -> None:
+        try:
+            (self._run / STOP_FILE).touch()
+        except OSError as error:  # the signal was sent all the same, and what does not end is killed
+            _log.debug("%s: %s", self._run / STOP_FILE, error.strerror)
+
+    def _clear(self, attempt: Attempt, steps_before: set[str], asked_at: float | None) -> None:
+        """See to it that nothing of an ended attempt goes on: what a dead launcher left saves first, if it can."""
+        deadline = (asked_at or time.monotonic()) + self._grace
+        for killed in attempt.clear(deadline - time.monotonic()):
+            _log.warning("left behind by the command, and killed: %s", killed)
+        if self._job.steps() - steps_before:
+            self._put_stop_file()
+            self._job.wait_for_steps(steps_before, deadline)
+
+    # ---- what to do about its end
+
+    def _after(self, verdict: Verdict) -> int | None:
+        """Decide, tell and do; the exit status, None to start again."""
+        if verdict.end in ("refused", "final"):
+            return self._leave(CANNOT_WORK if verdict.end == "refused" else 1, verdict.reason)
+        tries = tries_without_progress(read_attempts(self._run), self._by, newest_step(self._run))
+        if verdict.end == "stopped":
+            return self._after_stop(verdict, tries)
+        if tries.failures > self._limits.restarts or tries.all > self._limits.idle:
+            told = f"{tries.failures} failure(s) without a newer checkpoint, the last one: {verdict.reason}"
+            return self._leave(1, told, failures=tries.failures)
+        bad = self._may_requeue and self._job.bad_nodes()
+        if bad and self._requeue(f"{bad}; {verdict.reason}", failures=tries.failures):
+            return 1
+        pause = self._limits.pause_after(tries.failures)
+        _log.warning(
+            "failed: %s; started again in %.0f s (failure %d without a newer checkpoint, of %d that are borne)",
+            verdict.reason, pause, tries.failures, self._limits.restarts,
+        )  # fmt: skip
+        self._note("restarting", after_seconds=pause, failures=tries.failures, reason=verdict.reason)
+        deadline = time.monotonic() + pause
+        while self._asked is None and time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
+        return None
+
+    def _after_stop(self, verdict: Verdict, tries: Tries) -> int:
+        """Requeue the job if SLURM ends it before the run is done, as it does at the time limit; the exit status."""
+        number = verdict.signal or int(signal.SIGTERM)
+        reason = verdict.reason
+        is_a_persons = verdict.is_by_file or number == signal.SIGINT
+        if self._may_requeue and not is_a_persons:
+            if tries.all > self._limits.idle:
+                reason = f"{reason}; not requeued: {tries.all} tries came to no newer checkpoint"
+            elif self._requeue(reason, asked=number):
+                return 128 + number
+        return self._leave(128 + number, reason, asked=number)
+
+    def _requeue(self, reason: str, **fields: Any) -> bool:
+        """Put the job back into the queue; whether it is there."""
+        _log.warning("to be requeued: %s", reason)
+        self._note("requeued", reason=reason, job=self._job.name, **fields)  # first: to be requeued is to be killed
+        why_not = self._job.why_not_requeued()
+        if why_not:
+            _log.error("not requeued: %s", why_not)
+            self._note("not_requeued", reason=why_not)
+        return why_not is None
+
+    def _leave(self, status: int, reason: str, **fields: Any) -> int:
+        _log.log(logging.WARNING if status > 128 else logging.ERROR, "ends here, with status %d: %s", status, reason)
+        self._note("left", status=status, reason=reason, job=self._job.name, **fields)
+        if status < 128:
+            self._cancel_chain()
+        return status
+
+    def _cancel_chain(self) -> None:
+        submitted = [event for event in read_attempts(self._run) if event["event"] == "submitted"]
+        self._job.cancel_chain([event.get("chain") or [] for event in submitted])
+
+    # ---- what it knows
+
+    def _is_finished(self) -> bool:
+        return (self._run / FINISHED_FILE).is_file()
+
+    def _note(self, event: str, **fields: Any) -> None:
+        note_attempt(self._run, event, **fields)
+
+    def _keep_environment(self) -> None:
+        name = f"environment-{self._job.name or 'here'}.txt"
+        try:
+            keep_environment(self._environment, self._run / "logs" / name)
+        except OSError as error:
+            _log.warning("%s: %s", error.filename or name, error.strerror)
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Note the first signal that asks to stop; more change nothing. What nohup has switched off stays so."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self._asked = self._asked or number
+
+        caught = [one for one in _SIGNALS if signal.getsignal(one) != signal.SIG_IGN]
+        before = {one: signal.signal(one, note) for one in caught}
+        try:
+            yield
+        finally:
+            for one, handler in before.items():
+                signal.signal(one, handler)
+
+
+def _name(number: int | None) -> str:
+    return signal.Signals(number).name if number else "nobody"
