@@ -5,7 +5,8 @@
 
 All ranks of a pipeline read the same windows, so hidden states are all that is sent: each part makes positions and
 documents of a micro-batch for itself. To DeepSpeed each part is one layer. What we correct: a tied embedding is two
-parameters, on the first part and on the last, whose gradients are added here.
+parameters, on the first part and on the last, whose gradients are added here. What a method has put beside the hidden
+states, in a hook of the model, travels with them as a tuple.
 
 B windows, S sequence length, D width.
 """
@@ -40,7 +41,10 @@ class Part(nn.Module):
         self._is_first = mesh.is_first_part
 
     def forward(self, given: Tensor) -> Tensor:
-        """Hidden states [B, S, D] of the part before -> those for the next, or losses; the first part reads tokens."""
+        """Hidden states [B, S, D] of the part before -> those for the next, or losses; the first part reads tokens.
+
+        In place of hidden states a tuple that begins with them, where hooks of the model make one and take it.
+        """
         self.latest = self.waiting.popleft()
         return self.model(*self.latest.inputs, hidden=None if self._is_first else given)
 
@@ -57,7 +61,6 @@ class Pipeline:
         if self._tied is not None:
             self._tied.ds_pipe_replicated = mesh.is_last_part  # counts once in the norm of all gradients
         self._loss_of: LossOf | None = None
-        self._shape: torch.Size | None = None
 
     def use(self, engine: Any) -> None:
         """Run on this DeepSpeed engine, which was made around `module`."""
@@ -100,10 +103,8 @@ class Pipeline:
     def _announce(self, micro_batches: Sequence[MicroBatch]) -> Any:
         """Let the part know what comes; as many empty batches, which is what DeepSpeed reads."""
         self._part.waiting.extend(micro_batches)
-        shape = micro_batches[0].tokens.shape
-        if shape != self._shape:
-            self._engine.reset_activation_shape()
-            self._shape = shape
+        # Shapes are told once a step: batches may grow, and a method may send more in training than evaluations do.
+        self._engine.reset_activation_shape()
         empty = torch.empty(0)
         return iter([(empty, empty)] * len(micro_batches))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from cpt_kernels import Settings, choose
 from cpt_kernels.documents import model_inputs
 
 STRENGTH, TEMPERATURE, NUM_STEPS, TOLERANCE = 3.0, 1.7, 6, 2e-6
-LLAMA = dataclasses.replace(tiny.LLAMA, heads=4, kv_heads=2, head_width=6)
+# Three blocks, so that a pipeline may have a part that is neither the first nor the last.
+LLAMA = dataclasses.replace(tiny.LLAMA, layers=3, heads=4, kv_heads=2, head_width=6)
 
 
 def make():
@@ -81,6 +83,10 @@ def told(engine, mesh, first: int, last: int, documents: bool = False) -> dict:
         (2, {"tensor": 2}, (1, 3), True),
         (2, {"tensor": 2}, (0,), False),
         (2, {"sequence": 2}, (1, 3), True),
+        (2, {"pipeline": 2}, (0, 1), True),
+        (3, {"pipeline": 3}, (1,), False),
+        (4, {"pipeline": 2}, (1,), True),
+        (4, {"pipeline": 2, "tensor": 2}, (0, 1), True),
     ],
     ids=str,
 )
@@ -109,11 +115,12 @@ def test_with_weights_that_are_gathered_for_each_layer_it_is_the_same():
             assert one["loss"] == pytest.approx(reference()["loss"], abs=TOLERANCE)
 
 
-def test_in_bf16_the_teacher_is_the_model_before_the_first_step():
+@pytest.mark.parametrize("axes", [{}, {"pipeline": 2}], ids=str)
+def test_in_bf16_the_teacher_is_the_model_before_the_first_step(axes):
     def work(mesh):
         return told(start(mesh, 1, precision="bf16"), mesh, 0, NUM_STEPS)
 
-    for one in on_ranks(2, work):
+    for one in on_ranks(2, work, **axes):
         assert one["divergence"][0] == pytest.approx(0.0, abs=1e-7)
         assert one["loss"] == pytest.approx(reference()["loss"], abs=0.03)
 
@@ -124,38 +131,55 @@ def test_a_run_taken_up_again_on_another_mesh_has_the_same_teacher(tmp_path):
         tiny.take_steps(engine, mesh, 0, 3)
         engine.save(tmp_path / "left", {})
 
-    def go_on(mesh):
-        engine = start(mesh, 3, fill=False)
+    def go_on(mesh, zero):
+        engine = start(mesh, zero, fill=False)
         engine.load(Checkpoint(tmp_path / "left"), with_optimizer=True, with_methods=True)
         return told(engine, mesh, 3, NUM_STEPS)
 
     on_ranks(2, leave)
     expected = reference()
-    for ranks, axes in ((1, {}), (2, {"tensor": 2})):
-        for one in on_ranks(ranks, go_on, **axes):
+    for ranks, zero, axes in ((1, 3, {}), (2, 3, {"tensor": 2}), (2, 1, {"pipeline": 2})):
+        for one in on_ranks(ranks, partial(go_on, zero=zero), **axes):
             assert one["loss"] == pytest.approx(expected["loss"][3:], abs=TOLERANCE)
             assert one["divergence"] == pytest.approx(expected["divergence"][3:], abs=TOLERANCE)
 
 
-def test_a_new_stage_has_a_new_teacher():
+@pytest.mark.parametrize(("ranks", "axes"), [(1, {}), (2, {"pipeline": 2})], ids=str)
+def test_a_new_stage_has_a_new_teacher(ranks, axes):
     def work(mesh):
         engine = start(mesh, 1)
         before = told(engine, mesh, 0, 3)["divergence"]
         engine.end_stage(Progress(step=3))
         return before + told(engine, mesh, 3, 5)["divergence"]
 
-    (divergences,) = on_ranks(1, work)
+    divergences = on_ranks(ranks, work, **axes)[0]
     assert divergences[0] == pytest.approx(0.0, abs=1e-7) and divergences[3] == pytest.approx(0.0, abs=1e-7)
     assert min(divergences[1], divergences[2], divergences[4]) > 1e-4
 
 
-def test_a_pipeline_is_refused_with_what_would_do():
+def test_steps_that_fill_moments_before_there_is_a_teacher_go_through_a_pipeline():
     def work(mesh):
-        with pytest.raises(Fault, match="methods.distillation with mesh.pipeline = 2: the teacher is not cut between"):
-            start(mesh, 1)
-        return True
+        engine = start(mesh, 1)
+        tokens = tiny.windows_of_step(0)
+        engine.warm(tokens, torch.zeros(len(tokens), dtype=torch.long))
+        return told(engine, mesh, 0, 1)["divergence"]
 
-    assert on_ranks(2, work, pipeline=2) == [True, True]
+    assert on_ranks(2, work, pipeline=2) == [[pytest.approx(0.0, abs=1e-7)]] * 2
+
+
+def test_where_the_embedding_is_tied_both_of_its_parts_teach():
+    tied = dataclasses.replace(LLAMA, tied=True)
+
+    def work(mesh):
+        model = lambda: build(tied, "Model", choose(Settings(), torch.device("cpu")))  # noqa: E731
+        method = distillation.Method(distillation.Settings(STRENGTH, TEMPERATURE))
+        engine = tiny.start_engine(mesh, model=model, methods=[method], micro_batch=2, epsilon=1e-4)
+        return told(engine, mesh, 0, NUM_STEPS)
+
+    (expected,) = on_ranks(1, work)
+    for one in on_ranks(2, work, pipeline=2):
+        assert one["loss"] == pytest.approx(expected["loss"], abs=TOLERANCE)
+        assert one["divergence"] == pytest.approx(expected["divergence"], abs=TOLERANCE)
 
 
 @pytest.mark.parametrize(
