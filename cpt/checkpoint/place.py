@@ -9,7 +9,7 @@ from typing import Any
 from cpt.config import Fault
 from cpt.lineage import chain
 from cpt.lineage.areas import Areas
-from cpt.lineage.ledger import Ledger, ShareChange, Stop
+from cpt.lineage.ledger import Ledger, ShareChange, Skipped, Stop, as_inherited
 from cpt.progress import Progress
 
 
@@ -35,6 +35,7 @@ class Place:
     Stops by `stop_if` are added to it at once: no order depends on them.
     `continued`: where in a stage of its parent a run began that goes on with that stage's windows.
     `share_changes`: of replay in the stage so far. The ledger holds them, so `state.json` has them there.
+    `skipped`: windows of the stage that nothing is learned from, also those to come, likewise.
     """
 
     progress: Progress = Progress()
@@ -46,6 +47,12 @@ class Place:
     stage_behind: StageBehind | None = None
     continued: Progress | None = None
     share_changes: tuple[ShareChange, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+
+    @property
+    def all_skipped(self) -> tuple[Skipped, ...]:
+        """Of the whole lineage."""
+        return (*self.ledger_before_stage.skipped, *self.skipped)
 
     def after_step(self, num_tokens: int, rate: float, chain_after: str) -> Place:
         """The place after one more step of the stage."""
@@ -61,7 +68,13 @@ class Place:
             rate_before_stage=self.rate,
             stage_behind=StageBehind(self.progress.stage_tokens, self.ledger_before_stage),
             share_changes=(),
+            skipped=(),
         )
+
+    def with_skipped(self, *skipped: Skipped) -> Place:
+        """The same place, with further windows of the stage that nothing is learned from; those it knows count once."""
+        new = [one for one in skipped if one not in self.skipped]
+        return dataclasses.replace(self, skipped=(*self.skipped, *new))
 
     def stopped_by(self, stop: Stop) -> Place:
         """The same place with `stop` in the lineage's ledger; as it is, if that knows of it."""
@@ -71,7 +84,7 @@ class Place:
         """The lineage's ledger here, from what it has consumed: with what guards have decided in this stage."""
         before = self.ledger_before_stage
         changes = (*before.share_changes, *self.share_changes)
-        return dataclasses.replace(ledger, share_changes=changes, stops=before.stops)
+        return dataclasses.replace(ledger, share_changes=changes, stops=before.stops, skipped=self.all_skipped)
 
     def as_json(self, ledger: Ledger) -> dict[str, Any]:
         """For `state.json`; `ledger` is the lineage's at this place."""
@@ -94,6 +107,7 @@ class Place:
         rates = state["rate_before_stage"], state["rate"]
         areas = Areas(**state.get("areas", {}))  # earlier versions had none, nor what follows
         behind, continued = state.get("stage_behind"), state.get("continued")
+        now = Ledger.from_json(state["ledger"])
         return Place(
             Progress(**state["progress"]),
             ledger,
@@ -102,7 +116,8 @@ class Place:
             areas,
             StageBehind(behind["tokens"], Ledger.from_json(behind["ledger_before"])) if behind else None,
             Progress(**continued) if continued else None,
-            _changes_since(ledger, Ledger.from_json(state["ledger"])),
+            _changes_since(ledger, now),
+            _skipped_since(ledger, now),
         )
 
     @staticmethod
@@ -117,7 +132,7 @@ class Place:
 
         At the end of the parent, whose stages are so many, that is its last one. Raises Fault if it cannot be known.
         """
-        origin, ledger, changes = above.progress, above.ledger_before_stage, above.share_changes
+        origin, ledger, changes, skipped = above.progress, above.ledger_before_stage, above.share_changes, above.skipped
         if origin.stage == num_stages_above:
             if above.stage_behind is None:
                 raise Fault(
@@ -126,14 +141,23 @@ class Place:
                 )
             ledger = dataclasses.replace(above.stage_behind.ledger_before, stops=ledger.stops)
             changes = _changes_since(ledger, above.ledger_before_stage)
+            skipped = _skipped_since(ledger, above.ledger_before_stage)
             origin = Progress(stage=origin.stage - 1, stage_tokens=above.stage_behind.tokens)
         if above.continued and origin.stage == 0:
             tokens = above.continued.stage_tokens + origin.stage_tokens
             origin = dataclasses.replace(above.continued, stage_tokens=tokens)
         continued = Progress(stage=origin.stage, stage_tokens=origin.stage_tokens)
-        return dataclasses.replace(self, ledger_before_stage=ledger, continued=continued, share_changes=changes)
+        ledger = dataclasses.replace(ledger, skipped=as_inherited(ledger.skipped))
+        return dataclasses.replace(
+            self, ledger_before_stage=ledger, continued=continued, share_changes=changes, skipped=as_inherited(skipped)
+        )
 
 
 def _changes_since(before: Ledger, now: Ledger) -> tuple[ShareChange, ...]:
     """What replay's share has become in the stage that began with the ledger `before`."""
     return now.share_changes[len(before.share_changes) :]
+
+
+def _skipped_since(before: Ledger, now: Ledger) -> tuple[Skipped, ...]:
+    """What nothing is learned from of the stage that began with the ledger `before`."""
+    return now.skipped[len(before.skipped) :]

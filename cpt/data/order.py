@@ -33,7 +33,7 @@ from cpt.data.streams import (
     trained_tokens,
     with_names_of_their_own,
 )
-from cpt.lineage.ledger import Ledger, ShareChange
+from cpt.lineage.ledger import Ledger, ShareChange, Skipped
 from cpt.parallel.seeds import derive_seed
 
 # With `scope: all_seen` the pool is drawn up anew when it has grown by this part, and not more often than this.
@@ -54,6 +54,7 @@ class StageOrder:
 
     `num_slots_before`: the stage began in another run, so many slots ago; all that is asked here counts from there on.
     `share_changes`: of replay in this stage so far, oldest first. What lies before a change is as it was without it.
+    `skipped`: slots of this stage that nothing is learned from; new windows there are consumed and never replayed.
     Sources are numbered: the new ones as the stage names them, then one for each entry that replay may draw from, named
     `replay/<source>`. Raises Fault with everything that cannot work: a corpus that is not there or too short, replay
     without a past, a corpus of the past that has changed since or was cut into windows of another length.
@@ -68,10 +69,11 @@ class StageOrder:
         seed: int,
         num_slots_before: int = 0,
         share_changes: Sequence[ShareChange] = (),
+        skipped: Sequence[Skipped] = (),
     ) -> None:
         self.sequence_length, self._num_slots_before = sequence_length, num_slots_before
         self._sources, self._replay = sources, replay or Replay()
-        self._ledger, self._seed, self._share_changes = ledger, seed, share_changes
+        self._ledger, self._seed, self._share_changes, self._skipped = ledger, seed, share_changes, skipped
         faults: list[str] = []
         self._new = self._made(
             faults, *((new_stream, name, source, ledger, sequence_length, seed) for name, source in sources.items())
@@ -115,7 +117,26 @@ class StageOrder:
 
     def windows(self, first_slot: int, num_slots: int) -> Windows:
         """The windows of `num_slots` slots from `first_slot` on, in order."""
-        slots = np.arange(num_slots, dtype=np.int64) + self._num_slots_before + first_slot
+        stream, epoch, position = self._places(first_slot, num_slots)
+        return Windows(stream, self._first_tokens(stream, epoch, position))
+
+    def epochs(self, first_slot: int, num_slots: int) -> np.ndarray:
+        """Of the windows of these slots, which epoch of their source they are from: [num_slots]."""
+        return self._places(first_slot, num_slots)[1]
+
+    def slot_of_stage(self, first_slot: int) -> int:
+        """The same slot, counted from where the stage first began."""
+        return self._num_slots_before + first_slot
+
+    def skipped_in(self, first_slot: int, num_slots: int) -> Skipped | None:
+        """The first of the skipped that have any of these slots; None if all of them are to be trained on."""
+        first = self.slot_of_stage(first_slot)
+        found = (one for one in self._skipped if one.window < first + num_slots and first < one.stop)
+        return next(found, None)
+
+    def _places(self, first_slot: int, num_slots: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Stream, epoch and position of the windows of these slots."""
+        slots = np.arange(num_slots, dtype=np.int64) + self.slot_of_stage(first_slot)
         of_mixture, draws = self.mixture.sources(slots), self.mixture.draws(slots)
         stream = of_mixture.copy()
         epoch, position = np.zeros_like(slots), np.zeros_like(slots)
@@ -125,10 +146,10 @@ class StageOrder:
         at = np.flatnonzero(of_mixture == len(self._new))
         if len(at):
             stream[at], epoch[at], position[at] = self._replayed(slots[at], draws[at])
-        return Windows(stream, self._first_tokens(stream, epoch, position))
+        return stream, epoch, position
 
     def ledger_after(self, num_slots: int) -> Ledger:
-        """The lineage's ledger when `num_slots` slots of this stage have been trained on."""
+        """The lineage's ledger when `num_slots` slots of this stage have gone by."""
         return self._ledger_at(self._num_slots_before + num_slots)
 
     def counts(self, num_slots: int) -> list[tuple[int, int]]:
@@ -139,9 +160,13 @@ class StageOrder:
     def _ledger_at(self, num_slots: int) -> Ledger:
         """The ledger after so many slots of the stage, from its very beginning."""
         ledger = self._ledger
-        for stream, number in zip(self._new, self.mixture.counts(num_slots), strict=False):
+        skipped = [(self.mixture.counts(s.window), self.mixture.counts(min(s.stop, num_slots))) for s in self._skipped]
+        for index, (stream, number) in enumerate(zip(self._new, self.mixture.counts(num_slots), strict=False)):
             if number:
-                ledger = ledger.with_entry(stream.entry.with_draws(stream.first_draw, number))
+                entry = stream.entry.with_draws(stream.first_draw, number)
+                for before, after in skipped:  # none, or less than none, of those to come
+                    entry = entry.with_skipped(stream.first_draw + before[index], after[index] - before[index])
+                ledger = ledger.with_entry(entry)
         return ledger
 
     def faults_over(self, num_slots: int) -> list[str]:

@@ -101,7 +101,7 @@ class Replay:
 
 
 class Pool:
-    """The windows that `entries` hold as consumed, or a reservoir of them, to draw from again and again.
+    """The windows that `entries` hold as trained on, or a reservoir of them, to draw from again and again.
 
     `entries`: number of the source and its entry. `seed`: of the shuffles. Draws 0 .. len - 1 give every window once,
     the next len draws every window once more, in another order if it is `shuffled`.

@@ -23,8 +23,10 @@ def order_of(run: Run, place: Place) -> StageOrder:
     stage = run.stages[place.progress.stage]
     begun = place.continued if stage.continues and place.continued else Progress(stage=place.progress.stage)
     seed, num_slots_before = derive_seed(run.seed, "stage", begun.stage), begun.stage_tokens // run.sequence_length
-    ledger, changes = place.ledger_before_stage, place.share_changes
-    return StageOrder(stage.sources, stage.replay, ledger, run.sequence_length, seed, num_slots_before, changes)
+    return StageOrder(
+        stage.sources, stage.replay, place.ledger_before_stage, run.sequence_length, seed, num_slots_before,
+        place.share_changes, place.skipped,
+    )  # fmt: skip
 
 
 def refuse_bad_stages(run: Run, place: Place) -> None:
@@ -52,7 +54,8 @@ def refuse_bad_stages(run: Run, place: Place) -> None:
         except Fault as fault:
             faults.extend(f"stages.{index}.{line}" for line in fault.lines)
         ledger = order.ledger_after(num_slots)
-        place = dataclasses.replace(place, ledger_before_stage=ledger, rate_before_stage=place.rate, share_changes=())
+        place = dataclasses.replace(place, ledger_before_stage=ledger, rate_before_stage=place.rate)
+        place = dataclasses.replace(place, share_changes=(), skipped=())
     if faults:
         raise Fault(faults)
 

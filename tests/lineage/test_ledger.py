@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpt.config import Fault
-from cpt.lineage.ledger import Entry, Ledger, ShareChange, Stop
+from cpt.lineage.ledger import Entry, Ledger, ShareChange, Skipped, Stop
 
 
 def entry(num_windows: int = 10, **changes) -> Entry:
@@ -152,7 +152,31 @@ def test_a_stop_that_is_told_again_is_recorded_once():
     assert ledger.with_stop(STOPS[0]) is ledger and ledger.with_stop(Stop("new", 12, "en", math.nan, 0.1)) is ledger
 
 
-@pytest.mark.parametrize("plain", [{"sources": []}, {"format_version": 2, "sources": []}])
+@pytest.mark.parametrize("plain", [{"sources": []}, {"format_version": 3, "sources": []}])
 def test_a_ledger_of_another_release_is_a_fault(plain):
-    with pytest.raises(Fault, match=r"a ledger of format_version (None|2): this release reads 1"):
+    with pytest.raises(Fault, match=r"a ledger of format_version (None|3): this release reads 1 and 2"):
         Ledger.from_json(plain)
+
+
+def test_what_was_skipped_is_consumed_and_not_among_what_was_trained_on():
+    entry = Entry("en", "data/en", "print", 8, 5, num_windows=10).with_draws(0, 14).with_skipped(3, 2)
+    assert entry.intervals() == [(0, 0, 3), (0, 5, 10), (1, 0, 4)]
+    assert (entry.num_consumed, entry.num_skipped) == (14, 2)
+    over_the_end = entry.with_skipped(8, 4)
+    assert over_the_end.intervals() == [(0, 0, 3), (0, 5, 8), (1, 2, 4)]
+    assert over_the_end.with_skipped(8, 0) == over_the_end.with_skipped(9, -3) == over_the_end
+
+
+def test_what_was_skipped_survives_the_way_through_json_and_a_child_knows_whose_it_is():
+    entry = Entry("en", "data/en", "print", 8, 5, num_windows=10).with_draws(0, 14).with_skipped(8, 4)
+    ledger = Ledger((entry,), skipped=(Skipped("prose", 96, 8, 13, "loss nan"),))
+    told = json.loads(json.dumps(ledger.as_json()))
+    assert told["format_version"] == 2 and told["sources"][0]["skipped"] == [[[8, 10]], [[0, 2]]]
+    assert Ledger.from_json(told) == ledger
+    (inherited,) = ledger.as_inherited().skipped
+    assert inherited.is_inherited and (inherited.window, inherited.stop) == (96, 104)
+
+
+def test_a_ledger_in_which_nothing_was_skipped_is_one_that_earlier_releases_read():
+    told = Ledger((Entry("en", "data/en", "print", 8, 5, num_windows=10).with_draws(0, 3),)).as_json()
+    assert told["format_version"] == 1 and "skipped" not in told and "skipped" not in told["sources"][0]
