@@ -23,6 +23,7 @@ from torch import nn
 from cpt.checkpoint import Checkpoint, Content, write_checkpoint
 from cpt.config import Fault
 from cpt.engine.deepspeed_block import refuse_what_deepspeed_refuses, told_as_faults, unfit
+from cpt.engine.left_out import leave_out, norm_before_update
 from cpt.engine.loss_scale import LossScale, Scaled, refuse_without_fp16
 from cpt.engine.micro_batches import MicroBatch, OneByOne, cut
 from cpt.engine.pipeline import DEEPSPEED_SETTINGS, Pipeline
@@ -43,8 +44,8 @@ class StepResult:
     """What one step did, the same on every rank.
 
     Losses are nats a token, exact means over the step's targets of all ranks that count; `loss` is 0 if none does.
-    `loss_by_source` leaves out a source without any. `skipped`: the update was not made because a gradient was not
-    finite. `stop_asked`, `save_asked`: some rank was asked to stop, or to save.
+    `loss_by_source` leaves out a source without any. `skipped`: the update was not made, because a gradient was not
+    finite or who was asked said no. `stop_asked`, `save_asked`: some rank was asked to stop, or to save.
     """
 
     loss: float
@@ -111,12 +112,14 @@ class Engine:
         self._loss_scale = LossScale(settings.loss_scale) if settings.precision == "fp16" else None
         self._train = self._run.train
         if self._loss_scale:
-            self._train = Scaled(self._run, self._engine, mesh, self._loss_scale).train
+            self._train = Scaled(self._run, self._engine, mesh, self._loss_scale, lambda: self._was_refused).train
         self.masters = Masters(self._engine, model, settings.zero, mesh)
         for method in self._methods:
             method.meet(model, make_model, self.masters, mesh)
         self._progress = Progress()
         self._clipped_norm = 0.0
+        self._is_refused: Callable[[float], bool] | None = None  # whether the step that is going on is, by its norm
+        self._was_refused = False
         # DeepSpeed's engines all end a step in one call of this bound method, at every ZeRO stage.
         self._update = self._engine.optimizer.step
         self._engine.optimizer.step = self._update_between_seams
@@ -154,6 +157,7 @@ class Engine:
         stop_asked: bool = False,
         starts: torch.Tensor | None = None,
         save_asked: bool = False,
+        is_bad: Callable[[float, float], bool] | None = None,
     ) -> StepResult:
         """Train once on this rank's windows `tokens` [B, S + 1], whose sources are numbered in `sources` [B].
 
@@ -161,6 +165,10 @@ class Engine:
         true where a token begins a document; on every rank or on none. With it attention stays inside a document and
         the first token of a document does not count as a target. A target that counts has the same weight wherever it
         stands; in a step without any, the gradient is zero and the update is made all the same.
+
+        `is_bad(loss, gradient norm)` is asked before the update, alike on all ranks: if it says so, the update is left
+        out, and weights, moments, their count and what methods keep stay as they were. It costs a sum over ranks and a
+        norm more.
         """
         self._progress = progress
         for method in self._methods:
@@ -187,18 +195,24 @@ class Engine:
                 loss = loss if extra is None else loss + extra
             return loss
 
+        def sum_over_ranks() -> tuple[float, torch.Tensor]:
+            # Per source: loss summed, tokens counted; and one place more for "stop" and "save".
+            sums = torch.zeros(2, num_sources + 1, dtype=torch.float64)
+            if self._mesh.tensor.rank == 0:  # the first of a tensor group speaks for its windows; to stop any may ask
+                for of_windows, losses in by_window.values():
+                    sums[0].index_add_(0, of_windows, losses.cpu())
+            if self._mesh.speaks_for_windows:
+                sums[1].index_add_(0, sources, counts.to(sums.dtype))
+            sums[0, -1], sums[1, -1] = float(stop_asked), float(save_asked)
+            sums = self._mesh.sum(sums.to(self._mesh.device)).cpu()
+            return float(sums[0, :-1].sum() / sums[1, :-1].sum().clamp(min=1)), sums
+
+        self._was_refused = False
+        self._is_refused = (lambda norm: self._mesh.any(is_bad(sum_over_ranks()[0], norm))) if is_bad else None
         self._train(micro_batches, loss_of)
-        # Per source: loss summed, tokens counted; and one place more for "stop" and "save".
-        sums = torch.zeros(2, num_sources + 1, dtype=torch.float64)
-        if self._mesh.tensor.rank == 0:  # the first of a tensor group speaks for its windows; asked to stop may be any
-            for of_windows, losses in by_window.values():
-                sums[0].index_add_(0, of_windows, losses.cpu())
-        if self._mesh.speaks_for_windows:
-            sums[1].index_add_(0, sources, counts.to(sums.dtype))
-        sums[0, -1], sums[1, -1] = float(stop_asked), float(save_asked)
-        sums = self._mesh.sum(sums.to(self._mesh.device)).cpu()
+        loss, sums = sum_over_ranks()
         return StepResult(
-            loss=float(sums[0, :-1].sum() / sums[1, :-1].sum().clamp(min=1)),
+            loss=loss,
             loss_by_source={i: float(sums[0, i] / sums[1, i]) for i in range(num_sources) if sums[1, i] > 0},
             grad_norm=self._gradient_norm(),
             skipped=not self._engine.was_step_applied(),
@@ -325,6 +339,13 @@ class Engine:
         if self._loss_scale and self._engine.optimizer.has_overflow():
             self._update(*arguments, **named)  # which finds the same, and lets go of the gradients
             return
+        if self._is_refused is not None:
+            norm = self._norm_before_update()
+            self._was_refused = self._is_refused(norm)
+            if self._was_refused:
+                leave_out(self._engine.optimizer, lambda: self._update(*arguments, **named))
+                self._engine.optimizer._global_grad_norm = norm  # it says infinite
+                return
         for method in self._methods:
             method.before_update(self.masters, self._progress)
         if self._settings.zero == 0 and not self._clip_whole_gradients():
@@ -338,21 +359,33 @@ class Engine:
 
     def _clip_whole_gradients(self) -> bool:
         """Clip as DeepSpeed does at the other stages; False, and the update is left out, if the norm is not finite."""
+        norm = self._whole_norm()
+        self._clipped_norm = float(norm)
+        self._engine.optimizer.overflow = not math.isfinite(self._clipped_norm)
+        if self._settings.optimizer.clip and not self._engine.optimizer.overflow:
+            scale = self._settings.optimizer.clip / (norm + 1e-6)
+            if scale < 1:
+                torch._foreach_mul_([p.grad for p in self._model.parameters() if p.grad is not None], scale)
+        return not self._engine.optimizer.overflow
+
+    def _whole_norm(self) -> torch.Tensor:
+        """At stage 0, of all gradients; each counts once."""
         with_gradient = [p for p in self._model.parameters() if p.grad is not None]
-        gradients = [p.grad for p in with_gradient]
         norm = torch.nn.utils.get_total_norm([p.grad for p in with_gradient if is_counted(p, self._mesh)])
         for group in (self._mesh.tensor, self._mesh.pipeline):
             if group.size > 1:
                 norm = norm.square()
                 torch.distributed.all_reduce(norm, group=group.handle)
                 norm = norm.sqrt()
-        self._clipped_norm = float(norm)
-        self._engine.optimizer.overflow = not math.isfinite(self._clipped_norm)
-        if self._settings.optimizer.clip and not self._engine.optimizer.overflow:
-            scale = self._settings.optimizer.clip / (norm + 1e-6)
-            if scale < 1:
-                torch._foreach_mul_(gradients, scale)
-        return not self._engine.optimizer.overflow
+        return norm
+
+    def _norm_before_update(self) -> float:
+        """What `_gradient_norm` will say."""
+        if self._settings.zero == 0:
+            self._clipped_norm = float(self._whole_norm())
+            return self._clipped_norm
+        scale = self._loss_scale.used if self._loss_scale else 1.0
+        return norm_before_update(self._engine.optimizer) / scale
 
     def _gradient_norm(self) -> float:
         return self._clipped_norm if self._settings.zero == 0 else float(self._engine.get_global_grad_norm())

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cpt.config import Fault
+from cpt.engine.left_out import let_go_of_gradients
 from cpt.engine.micro_batches import LossOf, MicroBatch
 from cpt.parallel.mesh import Mesh
 
@@ -127,17 +128,24 @@ class LossScale:
 class Scaled:
     """Trains as `run` does, with a scale on the loss, again for as long as gradients overflow and it can be lowered.
 
-    `engine` is DeepSpeed's.
+    `engine` is DeepSpeed's. `was_refused()`: the last update was left out for another reason than an overflow.
     """
 
-    def __init__(self, run: Any, engine: Any, mesh: Mesh, scale: LossScale) -> None:
+    def __init__(
+        self, run: Any, engine: Any, mesh: Mesh, scale: LossScale, was_refused: Callable[[], bool] = lambda: False
+    ) -> None:
         self._run, self._engine, self._mesh, self._scale = run, engine, mesh, scale
+        self._was_refused = was_refused
         # DeepSpeed's own scaler would tell of a skipped step.
         engine.optimizer.loss_scaler.update_scale = lambda overflow: None
 
     def train(self, micro_batches: Sequence[MicroBatch], loss_of: LossOf) -> None:
-        """Forward and backward of each, and the update, in as many tries as it takes; none if a loss is not finite."""
+        """Forward and backward of each, and the update, in as many tries as it takes; none if a loss is not finite.
+
+        After a step without an update the scale is what it was before it: its windows are to blame, and are no measure.
+        """
         self._scale.begin_step()
+        before = self._scale.state_dict()
         while True:
             losses: list[Tensor] = []
 
@@ -153,14 +161,9 @@ class Scaled:
                 return
             # A loss that is not finite is not the scale's doing, and no lower one would mend it.
             is_lost = any(not loss.isfinite() for loss in losses)
-            if self._mesh.any(is_lost) or not self._scale.lower():
+            is_hopeless = self._mesh.any(is_lost) or self._was_refused() or not self._scale.lower()
+            let_go_of_gradients(self._engine.optimizer)
+            if is_hopeless:
+                self._scale.load_state_dict(before)
                 return
-            self._let_go_of_gradients()
             _log.info("gradients overflow fp16: once more with loss scale %g", self._scale.scale)
-
-    def _let_go_of_gradients(self) -> None:
-        """Empty what gradients are summed in: DeepSpeed adds to what overflowed, at stages 1 and 2 with offloading."""
-        optimizer = self._engine.optimizer
-        if hasattr(optimizer, "single_partition_of_fp32_groups"):  # of stages 1 and 2
-            for group in optimizer.averaged_gradients:
-                optimizer.averaged_gradients[group] = None
