@@ -23,6 +23,7 @@ import shutil
 import signal
 import string
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -128,7 +129,8 @@ class SlurmCluster:
     def environment(self) -> dict[str, str]:
         """What a user's shell on the login node has: nothing of pytest's, and one thread a process."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "PYTHON", "LOCAL_"))}
-        return {**kept, "SLURM_CONF": str(self.home / "slurm.conf"), "OMP_NUM_THREADS": "1"}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # torchrun and deepspeed lie beside our Python
+        return {**kept, "PATH": path, "SLURM_CONF": str(self.home / "slurm.conf"), "OMP_NUM_THREADS": "1"}
 
     def run(
         self, *words: object, seconds: float = SECONDS, check: bool = True, folder: Path | None = None, **more: str
