@@ -18,6 +18,7 @@ setup(
     # launcher/ and kernels/ are shelves: a package called `kernels` would stand in the way of the one on PyPI.
     packages=find_packages(include=["cpt", "cpt.*"]) + ["cpt_kernels", "cpt_launcher"],
     package_dir={"cpt_kernels": "kernels/cpt_kernels", "cpt_launcher": "launcher/cpt_launcher"},
+    package_data={"cpt_launcher": ["templates/*"]},
     entry_points={"console_scripts": ["cpt=cpt.cli:main"]},
     install_requires=[
         "torch>=2.9",

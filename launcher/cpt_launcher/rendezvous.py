@@ -15,7 +15,7 @@ import re
 import secrets
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cpt.config import Fault
 
@@ -36,6 +36,7 @@ class Rendezvous:
     master_address: str
     master_port: int
     started_by: str  # "deepspeed", "torchrun", "srun" or "python"
+    job: str | None = None  # the SLURM job that it is a part of
 
     def device_index(self, num_visible_devices: int) -> int:
         """Which of the accelerators that this process can see is its own.
@@ -66,7 +67,11 @@ def find_rendezvous(
 
     Raises Fault, with the variable and its value, where the variables contradict one another or are no numbers.
     """
-    free_port = free_port or pick_free_port
+    found = _find(environment, arguments_local_rank, free_port or pick_free_port)
+    return replace(found, job=environment.get("SLURM_JOB_ID") or None)
+
+
+def _find(environment: Mapping[str, str], arguments_local_rank: int | None, free_port: Callable[[], int]) -> Rendezvous:
     if "RANK" in environment:
         return from_torch_variables(environment, arguments_local_rank, free_port)
     if "SLURM_PROCID" in environment and is_slurm_step(environment):

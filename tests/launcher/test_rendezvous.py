@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 
 import pytest
 
@@ -77,7 +78,13 @@ FOUND = {
 @pytest.mark.parametrize("case", FOUND)
 def test_a_process_finds_its_place(case):
     environment, arguments_local_rank, expected = FOUND[case]
-    assert find(environment, arguments_local_rank) == expected
+    assert replace(find(environment, arguments_local_rank), job=None) == expected
+
+
+def test_a_process_knows_the_slurm_job_that_it_is_a_part_of():
+    environment, *_ = FOUND["torchrun inside a slurm step"]
+    assert find(environment).job == "1234"
+    assert find({}).job is None
 
 
 REFUSED = {

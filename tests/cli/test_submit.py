@@ -1,0 +1,139 @@
+"""`cpt submit` checks before it submits, copies what the job runs from, and calls sbatch; here a stand-in for it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from cpt_harness import runs
+
+from cpt.cli import main
+from cpt.observe.attempts import read_attempts
+from cpt.run import read_run
+
+
+@pytest.fixture
+def config(data, tmp_path) -> Path:
+    plain = runs.settings(data, tmp_path / "a run", [runs.stage(data, "prose", 3)])
+    plain["batch"]["micro_batch"] = 1
+    return runs.write_settings(tmp_path / "run.yaml", plain)
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch) -> Path:
+    """A stand-in that gives numbers from 41 on, and a file with the words it was called with."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    called = folder / "called"
+    (folder / "sbatch").write_text(
+        f'#!/bin/sh\necho "$*" >>"{called}"\necho "$((40 + $(wc -l <"{called}"))) ; cluster" | tr -d " "\n'
+    )
+    (folder / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return called
+
+
+def submit(config: Path, *words: object) -> int:
+    return main(["submit", str(config), *map(str, words)])
+
+
+def test_a_dry_run_prints_the_file_and_leaves_nothing(config, tmp_path, capsys):
+    assert submit(config, "--nodes", 2, "--tasks-per-node", 2, "--dry-run") == 0
+    told = capsys.readouterr().out
+    assert told.startswith("#!/bin/bash\n#SBATCH --job-name=") and "launcher/supervise.py" in told
+    assert not (tmp_path / "a run").exists()
+
+
+def test_a_submission_is_noted_with_the_jobs_number(config, sbatch, tmp_path, capsys):
+    assert submit(config) == 0
+    (event,) = read_attempts(tmp_path / "a run")
+    assert (event["event"], event["job"]) == ("submitted", "41")
+    assert "job 41" in capsys.readouterr().out
+    script = tmp_path / "a run" / "snapshot" / "0001" / "job.sbatch"
+    assert sbatch.read_text() == f"--parsable {script}\n" and script.is_file()
+
+
+def test_the_job_runs_from_a_copy_that_trains_as_the_settings_say(config, sbatch, tmp_path):
+    assert submit(config, "seed=7") == 0
+    place = tmp_path / "a run" / "snapshot" / "0001"
+    config.unlink()
+    # The shell drops the last word, which is the code that is tested here.
+    launcher = ["sh", "-c", '"$1" "$2" "$3"', "sh", sys.executable, place / "launcher/run.py", place / "config.yaml"]
+    process = runs.start(folder=tmp_path, launcher=launcher, num_cores=1)
+    assert runs.end(process) == 0
+    assert (tmp_path / "a run" / "finished.json").is_file()
+    assert read_run([str(tmp_path / "a run" / "run.yaml")]).seed == 7
+
+
+def test_the_copy_holds_the_code_and_nothing_that_was_compiled(config, sbatch, tmp_path):
+    assert submit(config) == 0
+    place = tmp_path / "a run" / "snapshot" / "0001"
+    for name in ("cpt/train.py", "launcher/supervise.py", "launcher/cpt_launcher/templates/job.sbatch",
+                 "kernels/cpt_kernels/switch.py"):  # fmt: skip
+        assert (place / name).read_bytes() == (runs.ROOT / name).read_bytes()
+    assert not list(place.rglob("__pycache__"))
+
+
+def test_a_second_submission_leaves_the_first_ones_copy_as_it_is(config, sbatch, tmp_path):
+    assert submit(config) == 0 and submit(config, "log.every_steps=5") == 0
+    first, second = sorted((tmp_path / "a run" / "snapshot").iterdir())
+    assert yaml.safe_load((first / "config.yaml").read_text())["log"]["every_steps"] == 1
+    assert yaml.safe_load((second / "config.yaml").read_text())["log"]["every_steps"] == 5
+
+
+def test_a_chain_is_submitted_job_by_job_under_a_name_of_its_own(config, sbatch, tmp_path):
+    assert submit(config, "--repeat", "chain", "--jobs", 3) == 0
+    assert len(sbatch.read_text().splitlines()) == 3
+    assert [event["chain"] for event in read_attempts(tmp_path / "a run")] == [["41", "42", "43"]] * 3
+    text = (tmp_path / "a run" / "snapshot" / "0001" / "job.sbatch").read_text()
+    assert '--job-name="a run-' in text and '--job-name="a run"' not in text
+
+
+def refused(config: Path, capsys, *words: object) -> str:
+    assert submit(config, *words) == 2
+    return capsys.readouterr().err
+
+
+def test_without_sbatch_the_fault_says_so_and_nothing_is_left_of_the_copy(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "sbatch: there is no such command here" in refused(config, capsys)
+    assert list((tmp_path / "a run" / "snapshot").iterdir()) == []
+
+
+def test_what_sbatch_refuses_is_told_in_its_words(config, sbatch, tmp_path, capsys):
+    (sbatch.parent / "sbatch").write_text(
+        "#!/bin/sh\necho 'sbatch: error: invalid partition specified: x' >&2; exit 1\n"
+    )
+    assert "error: invalid partition specified: x" in refused(config, capsys, "--partition", "x")
+    assert read_attempts(tmp_path / "a run") == []
+
+
+def test_a_wrong_setting_is_told_before_anything_is_submitted(config, sbatch, capsys):
+    assert "sed: there is no such setting" in refused(config, capsys, "sed=1")
+    assert not sbatch.exists()
+
+
+def test_every_number_of_nodes_that_the_job_may_get_must_be_able_to_train_it(config, sbatch, capsys):
+    told = refused(config, capsys, "--nodes", 4, "--min-nodes", 2)
+    assert "on 3 node(s), 3 rank(s): batch.windows = 8" in told and "on 2 node(s)" not in told
+    assert not sbatch.exists()
+
+
+def test_data_that_are_not_there_are_told_before_the_job_waits_for_hours(config, sbatch, capsys):
+    assert "/nowhere" in refused(config, capsys, "stages.0.sources.prose.corpus=/nowhere")
+
+
+def test_a_finished_run_and_a_folder_of_something_else_are_refused(config, sbatch, tmp_path, capsys):
+    (tmp_path / "a run").mkdir()
+    (tmp_path / "a run" / "notes.txt").touch()
+    assert "used, but not by a run" in refused(config, capsys)
+    (tmp_path / "a run" / "notes.txt").rename(tmp_path / "a run" / "run.yaml")
+    (tmp_path / "a run" / "finished.json").touch()
+    assert "this run is finished" in refused(config, capsys)
+
+
+def test_a_version_plan_is_refused(config, sbatch, capsys):
+    assert "not a version plan" in refused(config, capsys, "versions=[]")
