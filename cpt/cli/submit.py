@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import shlex
 import sys
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
             chain = jobs if request.repeat != "requeue" else []
             note_attempt(folder.path, "submitted", job=job, nodes=request.nodes, repeat=request.repeat, chain=chain)
     print(f"submitted: job {', '.join(jobs)}; logs in {folder.path / 'logs'}")
-    print(f"cpt status {settings.output}")
+    print(f"cpt status {shlex.quote(str(settings.output))}")
     return 0 if len(jobs) == num_submissions else 1
 
 

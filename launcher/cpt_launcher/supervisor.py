@@ -19,7 +19,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,12 +31,19 @@ from cpt_launcher.attempt import Attempt, newest_step
 from cpt_launcher.environment import keep_environment
 from cpt_launcher.own_job import OwnJob
 from cpt_launcher.rendezvous import is_slurm_step, number
-from cpt_launcher.verdict import CANNOT_WORK, Limits, Tries, Verdict, tries_without_progress, verdict_of
+from cpt_launcher.verdict import (
+    CANNOT_WORK,
+    FINISHED_FILE,
+    STOP_FILE,
+    Limits,
+    Tries,
+    Verdict,
+    tries_without_progress,
+    verdict_of,
+)
 
 _log = logging.getLogger("cpt.supervisor")  # of the tree that log_to_terminal shows
 
-# cpt.checkpoint and the ranks know them too; to import those would take torch, and so seconds.
-FINISHED_FILE, STOP_FILE = "finished.json", "stop"
 _LOOK_SECONDS = 0.2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
@@ -106,16 +113,18 @@ class Supervisor:
         self._may_requeue = may_requeue and self._job.name is not None
         # Tries are counted over the requeues of a job; who starts a supervisor again by hand begins to count anew.
         self._by = f"job {self._job.name}" if self._job.name else f"process {os.getpid()} at {time.time():.0f}"
-        self._asked: int | None = None
+        self._asked: int | None = None  # the number of the signal that asked to stop
+        self._is_asked_by_file = False
 
     def supervise(self) -> int:
         """Start the command as often as it makes sense; the exit status for the caller."""
         self._run.mkdir(parents=True, exist_ok=True)
         with self._listening():
             self._keep_environment()
+            self._remove_stop_file()  # an old one
             while not self._is_finished():
                 verdict = Verdict("stopped", "asked to stop before the start", self._asked)
-                if self._asked is None:
+                if not self._is_asked():
                     verdict = self._try_once()
                 if verdict.end == "finished":
                     break
@@ -135,7 +144,7 @@ class Supervisor:
         attempt = Attempt(self._command)
         asked_at, was_killed = None, False
         while (status := attempt.status()) is None:
-            if self._asked is not None:
+            if self._is_asked():
                 asked_at = asked_at or self._ask_to_stop(attempt)
                 self._put_stop_file()  # again and again: ranks that are just starting take it for an old one
                 if not was_killed and time.monotonic() - asked_at > self._grace:
@@ -145,17 +154,26 @@ class Supervisor:
                     attempt.kill()
             time.sleep(_LOOK_SECONDS)
         self._clear(attempt, steps_before, asked_at)
-        (self._run / STOP_FILE).unlink(missing_ok=True)
+        self._remove_stop_file()
         return verdict_of(status, self._asked, self._is_finished(), read_attempts(self._run)[num_events:])
 
     def _ask_to_stop(self, attempt: Attempt) -> float:
         """Hand the request on; when that was."""
-        _log.warning(
-            "asked to stop by %s: told the run, which has %.0f s to save", _name(self._asked), self._grace
-        )  # fmt: skip
+        by = f"the file {STOP_FILE}" if self._is_asked_by_file else signal.Signals(self._asked).name
+        _log.warning("asked to stop by %s: told the run, which has %.0f s to save", by, self._grace)
         self._put_stop_file()
         attempt.tell()
         return time.monotonic()
+
+    def _is_asked(self) -> bool:
+        """Whether to stop: by a signal, or by the file `stop`, which then is a person's."""
+        if self._asked is None and (self._run / STOP_FILE).exists():
+            self._asked, self._is_asked_by_file = int(signal.SIGTERM), True
+        return self._asked is not None
+
+    def _remove_stop_file(self) -> None:
+        with suppress(OSError):
+            (self._run / STOP_FILE).unlink(missing_ok=True)
 
     def _put_stop_file(self) -> None:
         try:
@@ -194,7 +212,7 @@ class Supervisor:
         )  # fmt: skip
         self._note("restarting", after_seconds=pause, failures=tries.failures, reason=verdict.reason)
         deadline = time.monotonic() + pause
-        while self._asked is None and time.monotonic() < deadline:
+        while not self._is_asked() and time.monotonic() < deadline:
             time.sleep(_LOOK_SECONDS)
         return None
 
@@ -202,7 +220,7 @@ class Supervisor:
         """Requeue the job if SLURM ends it before the run is done, as it does at the time limit; the exit status."""
         number = verdict.signal or int(signal.SIGTERM)
         reason = verdict.reason
-        is_a_persons = verdict.is_by_file or number == signal.SIGINT
+        is_a_persons = self._is_asked_by_file or number == signal.SIGINT
         if self._may_requeue and not is_a_persons:
             if tries.all > self._limits.idle:
                 reason = f"{reason}; not requeued: {tries.all} tries came to no newer checkpoint"
@@ -260,7 +278,3 @@ class Supervisor:
         finally:
             for one, handler in before.items():
                 signal.signal(one, handler)
-
-
-def _name(number: int | None) -> str:
-    return signal.Signals(number).name if number else "nobody"

@@ -9,20 +9,18 @@ from typing import Any, Literal
 
 from cpt.observe.attempts import STOPPED
 
+# cpt.checkpoint and the ranks know these too; to import those would take torch, and so seconds.
+FINISHED_FILE, STOP_FILE = "finished.json", "stop"
 CANNOT_WORK = 2  # the exit status of a request that cannot work; so ends Python, too, when there is no such script
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How an attempt ended, and why in one line. `signal`: the number of the one that asked it to stop.
-
-    `is_by_file`: it was asked by the file `stop` alone, which a person puts there.
-    """
+    """How an attempt ended, and why in one line. `signal`: the number of the one that asked it to stop."""
 
     end: Literal["finished", "refused", "final", "stopped", "failed"]
     reason: str
     signal: int | None = None
-    is_by_file: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,9 +64,7 @@ def verdict_of(status: int, asked: int | None, is_finished: bool, events: Sequen
         return Verdict("stopped", f"asked to stop by {signal.Signals(asked).name}", asked)
     if ended.get("how") == STOPPED:
         number = ended.get("signal") or int(signal.SIGTERM)
-        return Verdict(
-            "stopped", told or f"its ranks were asked to stop by signal {number}", number, _is_by_file(ended)
-        )
+        return Verdict("stopped", told or f"its ranks were asked to stop by signal {number}", number)
     if told:
         return Verdict("failed", told)
     if status > 128:
@@ -102,7 +98,3 @@ def _told(ended: dict[str, Any]) -> str:
     known = " ".join(f"{name} {ended[name]}" for name in ("rank", "node") if ended.get(name) not in (None, ""))
     is_said = all(str(ended.get(name) or "") in reason for name in ("rank", "node"))
     return f"{reason} ({known})" if reason and known and not is_said else reason
-
-
-def _is_by_file(ended: dict[str, Any]) -> bool:
-    return "stop file" in str(ended.get("reason") or "") or ended.get("by") == "file"

@@ -20,7 +20,7 @@ from cpt_harness import runs
 from cpt.checkpoint.run_folder import FINISHED
 from cpt.observe.attempts import read_attempts
 from cpt_launcher.attempt import signal_for
-from cpt_launcher.supervisor import FINISHED_FILE
+from cpt_launcher.verdict import FINISHED_FILE
 
 RUN_PY = """
 import pathlib, signal, subprocess, sys, time
@@ -221,6 +221,21 @@ def test_before_the_time_limit_the_job_is_requeued_when_the_run_has_saved(tmp_pa
 def test_a_preemption_that_only_the_ranks_are_told_of_requeues_the_job(tmp_path):
     assert runs.end(supervise(tmp_path, "stopped=15 exit=0", **stand_ins(tmp_path))) == 143
     assert "scontrol requeue 7" in called(tmp_path)
+
+
+def test_the_stop_file_of_a_person_ends_the_job_for_good(tmp_path):
+    process = supervise(tmp_path, "wait", "finish", **stand_ins(tmp_path))
+    runs.wait_for(lambda: events(tmp_path, "launched"), "the start")
+    (tmp_path / "run" / "stop").touch()
+    assert runs.end(process) == 143
+    assert "scontrol requeue 7" not in called(tmp_path)
+    assert "asked to stop by the file stop" in (tmp_path / "out.txt").read_text()
+
+
+def test_a_stop_file_from_before_is_an_old_one(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "stop").touch()
+    assert runs.end(supervise(tmp_path, "finish")) == 0
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "TIMEOUT"])

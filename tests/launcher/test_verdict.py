@@ -38,7 +38,7 @@ def test_a_signal_to_the_supervisor_stops_the_run_whatever_status_it_left():
 
 def test_ranks_that_were_asked_to_stop_themselves_are_no_failure():
     verdict = verdict_of(143, None, False, [ended("stopped", signal=15, step=7)])
-    assert (verdict.end, verdict.signal, verdict.is_by_file) == ("stopped", 15, False)
+    assert (verdict.end, verdict.signal) == ("stopped", 15)
 
 
 def test_a_failure_names_the_rank_and_the_node_that_the_run_names():
