@@ -76,7 +76,7 @@ class SlurmCluster:
         cpus: int = 4,
         memory_mb: int = 6000,
         slurmd_timeout: int = 15,
-        kill_wait: int = 10,
+        kill_wait: int = 30,
         grace: int = 20,
         requeue_wait: int = 5,
         extra: Sequence[str] = (),
@@ -85,6 +85,7 @@ class SlurmCluster:
         self.login = f"{name}-login"
         self.nodes = [f"{name}-{number}" for number in range(1, nodes + 1)]
         self.logs = folder / "slurm-logs"
+        self.requeue_wait = requeue_wait
         self.is_cgroup = FREEZER.is_dir()  # without it what a task leaves behind outlives its job
         self._settings = {
             "cpus": cpus, "memory_mb": memory_mb, "slurmd_timeout": slurmd_timeout, "kill_wait": kill_wait,

@@ -1,0 +1,67 @@
+"""One rank dies, is stopped or hangs: it is named, all ranks write down where they were, the job starts them again."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+from cpt_harness import runs
+from cpt_harness.slurm_runs import SubmittedRun, tell_row
+
+
+def stacks(run: SubmittedRun) -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted((run.path / "logs").glob("stacks-rank-*.txt"))}
+
+
+def assert_goes_on(run: SubmittedRun, undisturbed: Path, fault: str, injected: str, began: float) -> None:
+    """The second rank is named, and the job starts both again, without leaving the queue."""
+    ended = run.wait_for_event("ended")
+    assert (ended["how"], ended["rank"], ended["node"]) == ("failed", 1, run.nodes()[1])
+    noticed = ended["time"] - began
+    again = run.wait_for_event("restarting")
+    assert again["failures"] == 1 and ended["reason"] in again["reason"]
+    run.hurry()
+    run.wait_until_finished()
+    assert run.cluster.job(run.job)["Restarts"] == "0"
+    runs.assert_same_but_for_checkpoints(runs.story(run.path), runs.story(undisturbed))
+    tell_row(fault, injected, f"`{ended['reason']}`", run.lost_tokens(), "ranks started again in the job",
+             noticed_after=noticed, training_again_after=run.events("training")[1]["time"] - began)  # fmt: skip
+
+
+def test_ranks_are_started_again_when_one_is_killed(cluster, config, undisturbed):
+    run = SubmittedRun(cluster, config, "--nodes", 2)
+    run.wait_for_step(25)
+    began = time.time()
+    cluster.signal(run.nodes()[1], signal.SIGKILL, "launcher/run.py")
+    assert_goes_on(run, undisturbed, "a rank is killed, as when memory runs out", "SIGKILL", began)
+    assert list(stacks(run)) == ["stacks-rank-00000.txt"]
+
+
+def test_ranks_are_started_again_when_one_is_stopped(cluster, config, undisturbed):
+    run = SubmittedRun(cluster, config, "--nodes", 2)
+    run.wait_for_step(25)
+    began = time.time()
+    cluster.signal(run.nodes()[1], signal.SIGSTOP, "launcher/run.py")
+    assert_goes_on(run, undisturbed, "a rank gets no time at all", "SIGSTOP", began)
+
+
+def test_ranks_are_started_again_when_one_hangs_in_reading_data(cluster, config, undisturbed):
+    run = SubmittedRun(cluster, config, "--nodes", 2, hang="1 25")
+    run.wait_for_step(24)
+    began = time.time()
+    assert_goes_on(run, undisturbed, "a rank hangs in reading data", "a read that does not return", began)
+    written = stacks(run)
+    assert list(written) == ["stacks-rank-00000.txt", "stacks-rank-00001.txt"]
+    assert "batch_or_hang" in written["stacks-rank-00001.txt"]
+
+
+def test_a_run_that_may_not_start_again_fails_and_status_says_why(cluster, config):
+    run = SubmittedRun(cluster, config, "--nodes", 2, "--restarts", 0)
+    run.wait_for_step(5)
+    assert run.status()["state"] == "running"
+    node = run.nodes()[1]
+    cluster.signal(node, signal.SIGKILL, "launcher/run.py")
+    cluster.wait_for_state(run.job, "FAILED")
+    assert run.status()["state"] == "failed"
+    assert f"rank 1 on {node} is gone" in run.cpt("status", run.path)

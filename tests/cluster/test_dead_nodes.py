@@ -1,0 +1,62 @@
+"""A node dies under a run: the others end with one message that names it, and the run goes on from its checkpoint.
+
+On another node to the bit as if nothing had happened; on fewer with the same windows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+from cpt_harness import runs
+from cpt_harness.slurm_cluster import SlurmCluster
+from cpt_harness.slurm_runs import SubmittedRun, tell_row
+
+
+def survive(run: SubmittedRun, fault: str, injected: str, happen: Callable[[], None], node: str, rank: int) -> None:
+    """Let a fault of a node come upon the run; it is named, and the run ends as it should have."""
+    run.wait_for_step(25)  # the checkpoint of step 20 is whole
+    began = time.time()
+    happen()
+    ended = run.wait_for_event("ended")
+    assert (ended["how"], ended["rank"], ended["node"]) == ("failed", rank, node)
+    assert f"rank {rank} on {node}" in ended["reason"]
+    noticed = ended["time"] - began
+    run.hurry()
+    again = run.wait_for_event("started", 2)
+    assert again["step"] >= 20 and node not in again["nodes"]
+    run.wait_until_finished()
+    assert sum(line.startswith("cpt train: ") for line in run.log().splitlines()) == 1
+    tell_row(fault, injected, f"`{ended['reason']}`", run.lost_tokens(), f"went on on {len(again['nodes'])} node(s)",
+             noticed_after=noticed, training_again_after=run.events("training")[1]["time"] - began)  # fmt: skip
+
+
+def test_a_run_goes_on_on_a_spare_node_when_one_crashes(cluster, config, undisturbed):
+    run = SubmittedRun(cluster, config, "--nodes", 2)
+    run.wait_for_event("training")
+    first, second = run.nodes()
+    survive(run, "a node crashes", "all its processes killed", lambda: cluster.crash(second), second, 1)
+    runs.assert_same_but_for_checkpoints(runs.story(run.path), runs.story(undisturbed))
+
+
+def test_a_run_goes_on_when_the_node_of_rank_0_and_the_batch_script_loses_power(cluster, config, undisturbed):
+    run = SubmittedRun(cluster, config, "--nodes", 2)
+    run.wait_for_event("training")
+    first, second = run.nodes()
+    fault = "the first node loses power"
+    survive(run, fault, "network silent, then all its processes killed", lambda: cluster.power_off(first), first, 0)
+    runs.assert_same_but_for_checkpoints(runs.story(run.path), runs.story(undisturbed))
+
+
+def test_a_run_goes_on_on_fewer_nodes_when_one_is_cut_off_and_its_ranks_there_end(tmp_path, config, undisturbed):
+    with SlurmCluster(tmp_path, nodes=2) as cluster:
+        run = SubmittedRun(cluster, config, "--nodes", 2, "--min-nodes", 1)
+        run.wait_for_event("training")
+        first, second = run.nodes()
+        survive(run, "a node's link is cut", "its port taken off the switch", lambda: cluster.cut(second), second, 1)
+        assert not cluster.processes(second, "run.py")
+    found, expected = runs.story(run.path), runs.story(undisturbed)
+    assert (found["order"], found["ledger"]) == (expected["order"], expected["ledger"])
+    for mine, other in zip(found["metrics"], expected["metrics"], strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)

@@ -1,0 +1,73 @@
+"""SLURM takes the nodes away: at the time limit, for a more important job, at somebody's wish. The run saves each time.
+
+Where it goes on, it does so to the bit as if nothing had happened: the mesh is the same.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+from cpt_harness import runs
+from cpt_harness.slurm_runs import SubmittedRun
+
+
+def saved_step(run: SubmittedRun) -> int:
+    return int((run.path / "checkpoints" / "latest").read_text().removeprefix("step-"))
+
+
+def assert_saved_and_went_on(run: SubmittedRun, undisturbed: Path, signal: int) -> None:
+    """One stop, with nothing lost; then to the end."""
+    run.hurry()
+    run.wait_until_finished()
+    (stop, end), starts = run.events("ended"), run.events("started")
+    assert (stop["how"], stop["signal"], end["how"]) == ("stopped", signal, "finished")
+    assert [start["step"] for start in starts] == [0, stop["step"]] and not run.events("resumed_over")
+    runs.assert_same_but_for_checkpoints(runs.story(run.path), runs.story(undisturbed))
+
+
+def test_a_run_saves_before_the_time_limit_and_its_job_is_requeued_until_it_is_finished(cluster, config, undisturbed):
+    run = SubmittedRun(cluster, config, "--nodes", 2, "--time", "0:10:00")
+    run.wait_for_step(20)
+    since = time.time() - run.events("started")[-1]["time"]
+    minutes = math.ceil(since / 60) + 1  # so that the signal, a minute before, is due now or soon
+    cluster.run("scontrol", "update", f"JobId={run.job}", f"TimeLimit={minutes}")
+    asked = run.wait_for_event("requeued")
+    assert "USR1" in asked["reason"]
+    assert_saved_and_went_on(run, undisturbed, 10)
+
+
+def test_a_run_that_is_preempted_saves_within_the_grace_time_and_goes_on_after_the_other_job(
+    cluster, config, undisturbed
+):
+    run = SubmittedRun(cluster, config, "--nodes", 2, "--partition", "low")
+    run.wait_for_step(20)
+    other = cluster.submit("-N3", "--exclusive", "-p", "high", "--wrap", "sleep 5")
+    began = time.time()
+    cluster.wait_for_state(other, "RUNNING")
+    print(f"preempted: the other job runs {time.time() - began:.1f} s after it was submitted")
+    assert run.status()["state"] == "queued"
+    cluster.wait_for_state(other, "COMPLETED")
+    assert_saved_and_went_on(run, undisturbed, 15)
+
+
+def test_a_job_that_is_requeued_by_hand_saves_and_goes_on(cluster, config, undisturbed):
+    run = SubmittedRun(cluster, config, "--nodes", 2)
+    run.wait_for_step(20)
+    cluster.run("scontrol", "requeue", run.job)
+    assert_saved_and_went_on(run, undisturbed, 15)
+
+
+def test_a_job_that_is_cancelled_saves_and_stays_cancelled(cluster, config):
+    run = SubmittedRun(cluster, config, "--nodes", 2)
+    run.wait_for_step(20)
+    began = time.time()
+    cluster.run("scancel", run.job)
+    cluster.wait_for_state(run.job, "CANCELLED")
+    ended = run.wait_for_event("ended")
+    print(f"scancel: saved {ended['time'] - began:.1f} s later")
+    assert (ended["how"], ended["step"]) == ("stopped", saved_step(run)) and ended["step"] >= 20
+    time.sleep(cluster.requeue_wait + 3)
+    assert cluster.job_state(run.job) == "CANCELLED" and not run.events("requeued")
+    assert run.status()["state"] == "stopped"
