@@ -25,14 +25,21 @@ class OwnJob:
         self._array = environment.get("SLURM_ARRAY_JOB_ID")
 
     def why_not_requeued(self) -> str | None:
-        """Requeue the job; None if it is in the queue again, else why it is not.
+        """Why the job should not be requeued; None if it can be.
 
         Only a job that is running: somebody's scancel must not be undone.
         """
         try:
             found = slurm.find_job(self.name)
-            if found is None or found.state != "RUNNING":
-                return f"job {self.name} is {found.state if found else 'not known to SLURM'}"
+        except slurm.SlurmError as error:
+            return str(error)
+        if found is None or found.state != "RUNNING":
+            return f"job {self.name} is {found.state if found else 'not known to SLURM'}"
+        return None
+
+    def why_requeue_failed(self) -> str | None:
+        """Requeue the job, which ends all of its processes; None if it is in the queue again, else why it is not."""
+        try:
             slurm.requeue(self.name)
         except slurm.SlurmError as error:
             return str(error)

@@ -30,7 +30,6 @@ class Job:
     state: str
     reason: str | None
     nodes: str | None
-    start: str | None
 
     @property
     def is_waiting(self) -> bool:
@@ -73,7 +72,7 @@ def job_of_line(job: str, line: str) -> Job:
         found = re.search(rf"(?:^|\s){name}=(\S*)", line)
         return found[1] if found and found[1] not in ("", "None", "(null)", "Unknown") else None
 
-    return Job(job, value("JobState") or "UNKNOWN", value("Reason"), value("NodeList"), value("StartTime"))
+    return Job(job, value("JobState") or "UNKNOWN", value("Reason"), value("NodeList"))
 
 
 def requeue(job: str) -> None:

@@ -13,7 +13,6 @@ decides stands there too, so that the next try of a requeued job knows how many 
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import signal
@@ -24,13 +23,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cpt.config import Fault
 from cpt.observe.attempts import note_attempt, read_attempts
-from cpt.observe.logs import log_to_terminal
 from cpt_launcher.attempt import Attempt, newest_step
 from cpt_launcher.environment import keep_environment
 from cpt_launcher.own_job import OwnJob
-from cpt_launcher.rendezvous import is_slurm_step, number
 from cpt_launcher.verdict import (
     CANNOT_WORK,
     FINISHED_FILE,
@@ -46,53 +42,6 @@ _log = logging.getLogger("cpt.supervisor")  # of the tree that log_to_terminal s
 
 _LOOK_SECONDS = 0.2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-
-
-def main(words: Sequence[str]) -> int:
-    """Supervise what the words of `launcher/supervise.py` ask for; the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="supervise.py",
-        description="Start COMMAND until the run in FOLDER is finished, or starting it again is of no use.",
-        epilog="example: python launcher/supervise.py --run runs/mine -- deepspeed launcher/run.py my.yaml",
-    )
-    parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="the run's folder, its `output`")
-    parser.add_argument("--restarts", type=int, default=3, metavar="N", help="failures without a newer checkpoint that "
-                        "are followed by another start; default: 3")  # fmt: skip
-    parser.add_argument("--backoff", type=float, default=10.0, metavar="SECONDS", help="pause after the first failure, "
-                        "twice as long after each more; default: 10")  # fmt: skip
-    parser.add_argument("--grace", type=float, default=300.0, metavar="SECONDS", help="time to save in after a request "
-                        "to stop; what is left then is killed; default: 300")  # fmt: skip
-    parser.add_argument("--no-requeue", action="store_true", help="never requeue the SLURM job this runs in")
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="srun, deepspeed, python, ...")
-    try:
-        arguments = parser.parse_args(words)
-        command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
-        if not command:
-            parser.error("no command: name it after --")
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    log_to_terminal()
-    limits = Limits(arguments.restarts, arguments.backoff)
-    try:
-        refuse_many(os.environ)
-        supervisor = Supervisor(arguments.run, command, limits, arguments.grace, os.environ, not arguments.no_requeue)
-        return supervisor.supervise()
-    except Fault as fault:
-        for line in fault.lines:
-            _log.error("%s", line)
-        return CANNOT_WORK
-    except OSError as error:
-        _log.error("%s: %s", error.filename or arguments.run, error.strerror)
-        return 1
-
-
-def refuse_many(environment: Mapping[str, str]) -> None:
-    """Raise Fault in a SLURM step of several tasks: each would start the whole command."""
-    tasks = number(environment, "SLURM_STEP_NUM_TASKS", otherwise=1)
-    if tasks > 1 and is_slurm_step(environment):
-        raise Fault(
-            f"srun started supervise.py {tasks} times; start it once, in the batch script, and srun after its --"
-        )
 
 
 class Supervisor:
@@ -139,7 +88,7 @@ class Supervisor:
 
     def _try_once(self) -> Verdict:
         """Start the command and wait for its end; what it came to."""
-        self._note("launched", step=newest_step(self._run), by=self._by)
+        self._note("launched", step=newest_step(self._run), by=self._by, job=self._job.name)
         num_events, steps_before = len(read_attempts(self._run)), self._job.steps()
         attempt = Attempt(self._command)
         asked_at, was_killed = None, False
@@ -230,11 +179,13 @@ class Supervisor:
 
     def _requeue(self, reason: str, **fields: Any) -> bool:
         """Put the job back into the queue; whether it is there."""
-        _log.warning("to be requeued: %s", reason)
-        self._note("requeued", reason=reason, job=self._job.name, **fields)  # first: to be requeued is to be killed
         why_not = self._job.why_not_requeued()
-        if why_not:
-            _log.error("not requeued: %s", why_not)
+        if why_not is None:
+            _log.warning("to be requeued: %s", reason)
+            self._note("requeued", reason=reason, job=self._job.name, **fields)  # first: to be requeued is to be killed
+            why_not = self._job.why_requeue_failed()
+        if why_not is not None:
+            _log.warning("not requeued: %s", why_not)
             self._note("not_requeued", reason=why_not)
         return why_not is None
 

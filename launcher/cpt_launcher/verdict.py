@@ -55,7 +55,7 @@ def verdict_of(status: int, asked: int | None, is_finished: bool, events: Sequen
     if is_finished:
         return Verdict("finished", "the run is finished")
     ended = next((event for event in reversed(events) if event["event"] == "ended"), {})
-    told = _told(ended)
+    told = ended_told(ended)
     if status == CANNOT_WORK:
         return Verdict("refused", told or "the request cannot work; the lines above say why")
     if ended.get("is_final"):
@@ -92,7 +92,7 @@ def tries_without_progress(events: Sequence[dict[str, Any]], by: str, step: int)
     return Tries(failures, number)
 
 
-def _told(ended: dict[str, Any]) -> str:
+def ended_told(ended: dict[str, Any]) -> str:
     """`reason (rank N, node M)` of an `ended`, as far as it says so."""
     reason = " ".join(str(ended.get("reason") or "").split())
     known = " ".join(f"{name} {ended[name]}" for name in ("rank", "node") if ended.get(name) not in (None, ""))

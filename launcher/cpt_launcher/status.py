@@ -1,0 +1,175 @@
+"""What `cpt status` tells of a run, gathered from its folder, from the lock on it, and from SLURM."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cpt.config import Fault, read_mapping
+from cpt.observe.attempts import read_attempts
+from cpt.run import run_of
+from cpt_launcher import slurm
+from cpt_launcher.attempt import newest_step
+from cpt_launcher.state_of_run import Facts, newest_attempt, num_failures, where
+from cpt_launcher.verdict import FINISHED_FILE, STOP_FILE
+
+_RECENT_STEPS = 20  # of which the speed is told
+_TAIL_BYTES = 1 << 18
+_LINES_OF_A_LOG = 5
+
+
+@dataclass(frozen=True)
+class Status:
+    """What there is to tell of a run; None where it is not known.
+
+    `state`, `reason`, `advice`: see cpt_launcher/state_of_run.py. `step`, `tokens`, `loss`: of the last record of a
+    step, `seconds_since_step` ago. `tokens_per_second`, `seconds_left`: of the last steps, while it runs. `checkpoint`:
+    the newest one's step, `seconds_since_checkpoint` ago. `starts`, `failures`: attempts so far, and those of them that
+    nobody asked to end. `ranks`, `nodes`, `job`: of the newest attempt; `job_state`: what SLURM says of it.
+    `last_words`: the newest lines of the logs of a run that failed or died. `notes`: what could not be found out.
+    """
+
+    run: Path
+    state: str
+    reason: str | None
+    advice: str | None
+    step: int | None
+    tokens: int | None
+    total_tokens: int | None
+    loss: float | None
+    seconds_since_step: float | None
+    tokens_per_second: float | None
+    seconds_left: float | None
+    checkpoint: int | None
+    seconds_since_checkpoint: float | None
+    starts: int
+    failures: int
+    ranks: int | None
+    nodes: Sequence[str]
+    job: str | None
+    job_state: str | None
+    last_words: Sequence[str]
+    notes: Sequence[str]
+
+
+def status_of(run: Path) -> Status:
+    """Find out where a run is. Raises Fault if there is none."""
+    if not any((run / name).is_file() for name in ("run.yaml", "attempts.jsonl")):
+        raise Fault(f"{run}: there is no run (no run.yaml and no attempts.jsonl in it); name a run's folder")
+    events, now, notes = read_attempts(run), time.time(), []
+    attempt = newest_attempt(events)
+    number = next((str(event["job"]) for event in reversed(attempt) if event.get("job")), None)
+    job, was_asked = None, False
+    if number is not None:
+        try:
+            job, was_asked = slurm.find_job(number), True
+        except slurm.SlurmError as error:
+            notes.append(f"SLURM cannot be asked about job {number}: {error}")
+    found = where(
+        Facts(events, now, (run / FINISHED_FILE).is_file(), _is_taken(run), (run / STOP_FILE).exists(), job, was_asked)
+    )
+    started = next((event for event in reversed(events) if event["event"] == "started"), {})
+    records = _last_records(run / "metrics.jsonl")
+    last, total = records[-1] if records else {}, _total_tokens(run, notes)
+    speed = _speed(records) if found.state == "running" else None
+    is_known = bool(speed) and total is not None and "tokens" in last
+    return Status(
+        run=run,
+        state=found.state,
+        reason=found.reason,
+        advice=found.advice,
+        step=last.get("step"),
+        tokens=last.get("tokens"),
+        total_tokens=total,
+        loss=last.get("loss"),
+        seconds_since_step=_seconds_since(run / "metrics.jsonl", now) if records else None,
+        tokens_per_second=speed,
+        seconds_left=(total - last["tokens"]) / speed if is_known else None,
+        checkpoint=newest_step(run) or None,
+        seconds_since_checkpoint=_seconds_since(run / "checkpoints" / "latest", now),
+        starts=sum(event["event"] == "started" for event in events),
+        failures=num_failures(events),
+        ranks=started.get("ranks"),
+        nodes=tuple(started.get("nodes") or ()),
+        job=number,
+        job_state=job.state if job else None,
+        last_words=_last_words(run) if found.state in ("failed", "died") else (),
+        notes=tuple(notes),
+    )
+
+
+def _is_taken(run: Path) -> bool:
+    """Whether a process trains in the folder: of this machine, or of any where the file system's locks reach so far."""
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        # Shared, and given back at once: a run that begins at this moment is hardly ever kept out by it.
+        fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(folder)
+    return False
+
+
+def _last_records(path: Path) -> list[dict[str, Any]]:
+    """The newest records of steps, of a file that may have millions."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return []
+    records = []
+    for line in lines[-_RECENT_STEPS - 1 :]:
+        try:
+            record = json.loads(line)
+        except ValueError:  # torn at its end, or where reading began
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def _speed(records: Sequence[dict[str, Any]]) -> float | None:
+    """Tokens a second of the newest steps, in the middle of them: some waited for a save."""
+    speeds = [record["tokens_per_second"] for record in records if record.get("tokens_per_second")]
+    return median(speeds) if speeds else None
+
+
+def _total_tokens(run: Path, notes: list[str]) -> int | None:
+    path = run / "run.yaml"
+    if not path.is_file():
+        return None
+    try:
+        return run_of(read_mapping([str(path)])).total_tokens
+    except Fault as fault:  # of another release, or its parent is gone
+        notes.append(f"how long the run is cannot be told: {fault.lines[0]}")
+        return None
+
+
+def _seconds_since(path: Path, now: float) -> float | None:
+    try:
+        return max(0.0, now - path.stat().st_mtime)
+    except OSError:
+        return None
+
+
+def _last_words(run: Path) -> tuple[str, ...]:
+    """The newest lines of the newest logs, each after its file's name."""
+    logs = sorted((run / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime)
+    told = []
+    for path in logs[-3:]:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            lines = file.read().decode(errors="replace").splitlines()
+        told += [f"{path.name}: {line}" for line in lines[-_LINES_OF_A_LOG:] if line.strip()]
+    return tuple(told)

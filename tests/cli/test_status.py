@@ -1,0 +1,107 @@
+"""`cpt status` on run folders as real runs leave them: going on, stopped, failed, killed, finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from cpt_harness import runs
+
+from cpt.cli import main
+from cpt.observe.attempts import note_attempt
+
+
+def told(run: Path, capsys, *words: str) -> str:
+    assert main(["status", str(run), *words]) == 0
+    return capsys.readouterr().out
+
+
+def as_json(run: Path, capsys) -> dict:
+    return json.loads(told(run, capsys, "--json"))
+
+
+@pytest.fixture
+def endless(data, tmp_path) -> Path:
+    """A run that nobody can wait for."""
+    plain = runs.settings(data, tmp_path / "run", [runs.stage(data, "prose", 100_000)])
+    plain["evaluation"]["every_tokens"] = None
+    return runs.write_settings(tmp_path / "run.yaml", plain)
+
+
+def test_a_run_that_trains_tells_how_far_and_how_fast_and_how_long_still_and_then_that_it_was_killed(
+    endless, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    process = runs.start(endless, folder=tmp_path)
+    try:
+        runs.wait_for_step(run, 12, process)
+        runs.wait_for((run / "checkpoints" / "latest").exists, "a checkpoint")
+        found = as_json(run, capsys)
+        assert found["state"] == "running" and found["step"] >= 12 and found["checkpoint"] >= 5
+        assert found["total_tokens"] == 100_000 * runs.TOKENS_A_STEP and found["seconds_left"] > 0
+        assert found["ranks"] == 1 and found["starts"] == 1 and found["failures"] == 0
+        lines = told(run, capsys)
+        assert "tokens/s, " in lines and " left\n" in lines and "newest checkpoint: step " in lines
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    found = as_json(run, capsys)
+    assert found["state"] == "died" and "nobody is at work on it" in found["reason"]
+    assert any(line.startswith("rank-00000.log: ") for line in found["last_words"])
+    assert "next: the same command goes on from the newest checkpoint" in told(run, capsys)
+
+
+def test_a_run_that_was_asked_to_stop_is_stopped(endless, tmp_path, capsys):
+    runs.cpt("train", endless, before=runs.ask_to_stop_at(3))
+    assert as_json(tmp_path / "run", capsys)["state"] == "stopped"
+
+
+def test_a_finished_run_is_finished(base, capsys):
+    assert told(base, capsys).splitlines()[0] == f"{base}: finished"
+    assert as_json(base, capsys)["step"] == 20
+
+
+def test_a_run_that_failed_says_why_and_where(tmp_path, capsys):
+    note_attempt(tmp_path, "started", step=0, ranks=4, nodes=["n1", "n2"], job=None, attempt=1)
+    note_attempt(tmp_path, "training", step=0)
+    note_attempt(tmp_path, "ended", how="failed", step=7, reason="no sign of life", rank=3, node="n2", is_final=False)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank-00003.log").write_text("one\ntwo\n")
+    lines = told(tmp_path, capsys).splitlines()
+    assert lines[0] == f"{tmp_path}: failed: no sign of life (rank 3 node n2)"
+    assert "  4 rank(s) on n1, n2" in lines and "  rank-00003.log: two" in lines
+
+
+def test_a_queued_run_says_what_slurm_says(tmp_path, monkeypatch, capsys):
+    (tmp_path / "bin").mkdir()
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text("#!/bin/sh\necho JobId=7 JobState=PENDING Reason=Priority\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    note_attempt(tmp_path, "submitted", job="7")
+    lines = told(tmp_path, capsys).splitlines()
+    assert lines == [f"{tmp_path}: queued: job 7 waits: Priority", "  job 7, PENDING to SLURM"]
+
+
+def test_without_slurms_commands_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    note_attempt(tmp_path, "submitted", job="7")
+    assert "SLURM cannot be asked about job 7: scontrol: there is no such command here" in told(tmp_path, capsys)
+
+
+def test_a_slurm_that_does_not_answer_is_not_waited_for(tmp_path, monkeypatch, capsys):
+    (tmp_path / "bin").mkdir()
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text("#!/bin/sh\nexec sleep 300\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    note_attempt(tmp_path, "submitted", job="7")
+    assert "scontrol did not answer within 10 s" in told(tmp_path, capsys)
+
+
+def test_a_folder_without_a_run_is_a_fault(tmp_path, capsys):
+    assert main(["status", str(tmp_path / "nowhere")]) == 2
+    assert "there is no run" in capsys.readouterr().err
