@@ -39,8 +39,10 @@ from cpt.observe.speed import find_peak
 from cpt.parallel.mesh import Mesh
 from cpt.parallel.seeds import seed_step
 from cpt.parallel.together import alike, together
+from cpt.parallel.verdict import COMPUTING, FIRST_STEP, LOADING, SAVING
 from cpt.progress import Progress
 from cpt.run import Run, Stage
+from cpt.run.attempt import attempt
 from cpt.run.beginning import TrainingError, open_gate, scores_of_parent, weights_of_folder, where_to_begin
 from cpt.run.kernels import kernels_for
 from cpt.run.opening import prepare_folder, tell_what_was_built
@@ -65,10 +67,13 @@ class Outcome:
     asked: int | None = None
 
 
-def train(run: Run, mesh: Mesh, why_orphaned: Callable[[], str | None] = lambda: None) -> Outcome:
+def train(
+    run: Run, mesh: Mesh, why_orphaned: Callable[[], str | None] = lambda: None, job: str | None = None
+) -> Outcome:
     """Train `run` to its end, or until a signal asks to stop; goes on from its own checkpoint if there is one.
 
     `why_orphaned()` is asked before each step: a line if what started this process is gone, which stops the run too.
+    `job`: the SLURM job that this is a part of.
 
     Raises Fault before anything is written if the settings cannot work, TrainingError if a step was not finite.
     """
@@ -117,12 +122,17 @@ def train(run: Run, mesh: Mesh, why_orphaned: Callable[[], str | None] = lambda:
     flops = model.flops_per_token(run.sequence_length)
 
     # No earlier: a parent that does not fit leaves nothing behind.
-    with folder.taken(mesh), listening_for_stop(why_orphaned) as stop:
+    with (
+        folder.taken(mesh),
+        attempt(folder.path, mesh, place.progress.step, job) as this_attempt,
+        listening_for_stop(why_orphaned, folder.path / "stop" if mesh.is_first else None) as stop,
+    ):
         with together(mesh):
             if mesh.is_first:
                 prepare_folder(run, folder, parent, corpora)
         with together(mesh):
             log_to_file(folder.path, mesh.rank)
+            mesh.watch.keep_in(folder.path)
         tell_what_was_built(run, mesh, model, kernels, compiled, peak.origin)
         with together(mesh):
             journal = Journal(
@@ -142,7 +152,10 @@ def train(run: Run, mesh: Mesh, why_orphaned: Callable[[], str | None] = lambda:
         try:
             if place.progress.step == 0:
                 scoring.before_first_step(gate, scores_above)
-            return loop.run_stages(place)
+            this_attempt.trains(place.progress.step)
+            outcome = loop.run_stages(place)
+            this_attempt.ends(outcome.step, outcome.signal)
+            return outcome
         finally:
             saving.close()
             journal.close()
@@ -199,20 +212,23 @@ class _Loop:
         """
         run, changes = self.run, place.share_changes
         schedule = build(stage.schedule, "Schedule", stage.total_tokens, place.rate_before_stage)
-        is_last = False
+        is_last, alive, computing = False, self.mesh.watch.alive, FIRST_STEP
         while not is_last:
             started, progress = time.perf_counter(), place.progress
             first_slot, num_windows = progress.stage_tokens // run.sequence_length, run.windows_at(stage, progress)
             seed_step(run.seed, progress.step, self.mesh.data_rank)
+            alive(LOADING, progress.step + 1)
             batch = loader.batch(first_slot, num_windows)
             rate = schedule.rate(progress)
             is_asked = self.stop.is_asked()
+            alive(computing)
             result = self.engine.step(
                 batch.tokens, batch.sources, len(order.source_names), rate, progress, is_asked, batch.starts,
                 self.saving.is_asked_by_clock(),
             )  # fmt: skip
             if result.skipped or not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
                 self._refuse_to_go_on(progress, order, batch, result)
+            computing = COMPUTING
             self.saving.poll()
             chained = chain.lengthen(place.chain, order.identities(batch.windows))
             place = place.after_step(num_windows * run.sequence_length, rate, chained)
@@ -232,6 +248,7 @@ class _Loop:
             if is_last:
                 place = place.at_next_stage(ledger)
             is_end = result.stop_asked or has_forgotten or place.progress.stage == len(run.stages)
+            alive(SAVING)
             if is_end:
                 self.saving.save_last(place, ledger)
             elif is_last or self.saving.is_due(place.progress):
@@ -263,7 +280,8 @@ class _Loop:
         if every and progress.step % every == 0 and (names := self.engine.differing_copies()):
             raise TrainingError(
                 f"after step {progress.step} the copies of {', '.join(names[:3])} differ between ranks: a machine "
-                f"computes wrongly, or a sum between ranks does. {self._way_on()}"
+                f"computes wrongly, or a sum between ranks does. {self._way_on()}",
+                is_final=False,
             )
 
     def _warm(self, place: Place) -> None:
@@ -276,6 +294,7 @@ class _Loop:
             for step in range(self.run.warm_steps):
                 first_slot = step * num_windows % (self.run.num_slots(stage) - num_windows + 1)
                 batch = loader.batch(first_slot, num_windows)
+                self.mesh.watch.alive(FIRST_STEP)
                 self.engine.warm(batch.tokens, batch.sources, batch.starts)
         _log.info("filled AdamW's moments with %d steps at learning rate 0", self.run.warm_steps)
 

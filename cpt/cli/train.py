@@ -48,12 +48,13 @@ def run(arguments: argparse.Namespace) -> int:
             local_size=place.local_world_size,
             address=place.master_address,
             port=place.master_port,
+            watch=settings.watch,
         ) as mesh:
             has_met = True
             if plan:
-                outcome = train_versions(plan, mesh, launchers.why_gone)
+                outcome = train_versions(plan, mesh, launchers.why_gone, place.job)
             else:
-                outcome = train(settings, mesh, launchers.why_gone)
+                outcome = train(settings, mesh, launchers.why_gone, place.job)
     except TrainingError as error:
         keep_in_file([str(error)])
         if place.rank == 0:  # all ranks end with the same

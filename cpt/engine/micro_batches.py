@@ -64,6 +64,7 @@ class OneByOne:
     def train(self, micro_batches: Sequence[MicroBatch], loss_of: LossOf) -> None:
         """Forward and backward of each; the update is made after the last."""
         for micro_batch in micro_batches:
+            self._mesh.watch.alive()
             outputs = self._engine(*micro_batch.inputs)
             self._engine.backward(loss_of(micro_batch, outputs))
             self._engine.step()

@@ -24,6 +24,7 @@ from cpt.data.check import refuse_strange_ids
 from cpt.data.corpus import Corpus
 from cpt.evaluation.interval import half_width
 from cpt.parallel.mesh import Mesh
+from cpt.parallel.verdict import EVALUATING
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ class HeldOut:
             turn = self._ids[first : first + a_turn]
             mine = turn[mesh.data_rank :: mesh.data_size]
             asked = mine if len(mine) else turn[:1]
+            mesh.watch.alive(EVALUATING)
             tokens = torch.from_numpy(self.corpus.windows(asked, self._sequence_length, self._first_token))
             starts = self._starts(asked)
             losses = token_losses(tokens, starts) if self._within_documents else token_losses(tokens)

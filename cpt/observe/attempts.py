@@ -11,10 +11,13 @@ by a full disk is passed over.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,30 @@ def note_attempt(folder: Path, event: str, **fields: Any) -> bool:
         _log.warning("%s: %s cannot be noted: %s", folder / ATTEMPTS, event, error.strerror)
         return False
     return True
+
+
+def note_end(folder: Path, **fields: Any) -> bool:
+    """Note that the attempt that goes on has `ended`; False if somebody has noted that already, or it never started.
+
+    Ranks that find at the same time that it is over so tell it once: one looks and writes while the others wait.
+    """
+    with _alone_with(folder):
+        events = [one["event"] for one in read_attempts(folder) if one["event"] in ("started", "ended")]
+        return events[-1:] == ["started"] and note_attempt(folder, "ended", **fields)
+
+
+@contextmanager
+def _alone_with(folder: Path) -> Iterator[None]:
+    """One process of all that ask for it at a time, where the file system knows locks."""
+    try:
+        file = (folder / ATTEMPTS).open("rb")
+    except OSError:
+        yield
+        return
+    with file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def read_attempts(folder: Path) -> list[dict[str, Any]]:

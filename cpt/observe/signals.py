@@ -1,4 +1,4 @@
-"""Being asked to stop, by a signal or by a launcher that is gone: note it, finish the step, let the loop save.
+"""Being asked to stop, by a signal, a file or a launcher that is gone: note it, finish the step, let the loop save.
 
 A second Ctrl-C stops at once.
 """
@@ -6,9 +6,11 @@ A second Ctrl-C stops at once.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 _log = logging.getLogger(__name__)
@@ -19,12 +21,13 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class StopRequest:
     """`signal`: the number of the first signal that came, None so far if none did.
 
-    `why_orphaned()`: one line if what started this process is gone, which counts as a SIGTERM; else None.
+    `why_orphaned()`: one line if what started this process is gone, which counts as a SIGTERM; else None. So does a
+    `file`, looked for before each step, if one is named.
     """
 
-    def __init__(self, why_orphaned: Callable[[], str | None]) -> None:
+    def __init__(self, why_orphaned: Callable[[], str | None], file: Path | None = None) -> None:
         self.signal: int | None = None
-        self._why_orphaned = why_orphaned
+        self._why_orphaned, self._file = why_orphaned, file
         self._was_interrupted = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
@@ -36,19 +39,37 @@ class StopRequest:
 
     def is_asked(self) -> bool:
         """Whether to stop after the next step."""
-        if self.signal is None and (reason := self._why_orphaned()):
+        if self.signal is None and (reason := self._why_orphaned() or self._why_by_file()):
             _log.warning("%s: this run saves after its next step and ends, as it would at SIGTERM", reason)
             self.signal = self.signal or signal.SIGTERM
         return self.signal is not None
 
+    def _why_by_file(self) -> str | None:
+        # os.path answers False where the file system gives an error, which is no reason to stop.
+        return f"{self._file} is there" if self._file is not None and os.path.exists(self._file) else None
+
 
 @contextmanager
-def listening_for_stop(why_orphaned: Callable[[], str | None] = lambda: None) -> Iterator[StopRequest]:
-    """Catch SIGINT, SIGTERM and SIGUSR1 while inside; afterwards they mean what they meant before."""
-    request = StopRequest(why_orphaned)
+def listening_for_stop(
+    why_orphaned: Callable[[], str | None] = lambda: None, file: Path | None = None
+) -> Iterator[StopRequest]:
+    """Catch SIGINT, SIGTERM and SIGUSR1 while inside; afterwards they mean what they meant before.
+
+    A `file` that is there already was meant for another attempt, and goes; so does one that was heeded.
+    """
+    request = StopRequest(why_orphaned, file)
+    _remove(file)
     before = {number: signal.signal(number, request) for number in _SIGNALS}
     try:
         yield request
     finally:
+        if request.signal is not None:
+            _remove(file)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _remove(file: Path | None) -> None:
+    if file is not None:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)

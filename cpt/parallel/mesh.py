@@ -19,12 +19,15 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from cpt.config import Fault
+from cpt.parallel import watch as watching
+from cpt.parallel.meeting import interface_towards, open_store
+from cpt.parallel.watch import Watch
 
 _log = logging.getLogger(__name__)
 
@@ -129,7 +132,7 @@ class Mesh:
     one another. `data`: those that see different windows of a batch. `sequence`: those that share the positions of
     each window. `tensor`: those that share each layer. `replicas`: those that hold the same parameters, which is data
     and sequence together: what DeepSpeed calls data-parallel and ZeRO cuts over. `ends`: first and last of the
-    pipeline, which share a tied embedding. `data` and `replicas` left out: all ranks.
+    pipeline, which share a tied embedding. `data` and `replicas` left out: all ranks. `watch`: takes signs of life.
     """
 
     rank: int
@@ -142,6 +145,7 @@ class Mesh:
     ends: Group = Group()
     data: Group | None = None
     replicas: Group | None = None
+    watch: Watch = field(default_factory=Watch, repr=False, compare=False)
 
     @property
     def data_rank(self) -> int:
@@ -248,12 +252,22 @@ def threads_for(local_size: int) -> int:
 
 @contextmanager
 def open_mesh(
-    settings: Settings, *, rank: int, size: int, local_rank: int, local_size: int, address: str, port: int
+    settings: Settings,
+    *,
+    rank: int,
+    size: int,
+    local_rank: int,
+    local_size: int,
+    address: str,
+    port: int,
+    watch: watching.Settings | None = None,
 ) -> Iterator[Mesh]:
     """Connect the ranks (NCCL with GPUs, gloo without) and part from them at the end.
 
+    `watch`: how to find out who is gone or hangs meanwhile; None: nobody looks.
+
     Raises Fault if the ranks cannot be cut as the settings say, or if the meeting point cannot be used: the port is
-    taken, or the first rank cannot be reached.
+    taken, the first rank cannot be reached, or others do not come.
     """
     if faults := settings.faults_on(size):
         raise Fault(faults)
@@ -267,38 +281,37 @@ def open_mesh(
     timeout = datetime.timedelta(seconds=settings.timeout_seconds)
     # new_group() takes its time-out from here and not from the call below; DeepSpeed makes groups of its own.
     dist.distributed_c10d.default_pg_timeout = timeout
+    is_kept_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = open_store(
+        address, port, rank, size, is_on_one_machine=size == local_size, is_kept_by_agent=is_kept_by_agent,
+        seconds=settings.timeout_seconds,
+    )  # fmt: skip
+    signs = Watch(watch, rank, size)
+    signs.open(store.clone() if size > 1 else None, ends_with_first=not is_kept_by_agent)
     try:
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            init_method=f"tcp://{address}:{port}",
-            rank=rank,
-            world_size=size,
-            timeout=timeout,
-        )
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-            raise Fault(
-                f"port {port} on {address} is taken by another program; name a free one: "
-                "deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT=N"
-            ) from None
-        raise Fault(
-            f"rank {rank} could not meet the others at {address}:{port}: {str(error).splitlines()[0]}"
-        ) from None
-    try:
-        yield _grid(settings, rank, size, local_rank, device)
-        # Parting while another rank still talks ends that one with a network error instead of its own.
-        if size > 1:
-            dist.barrier()
+        try:
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=timeout
+            )
+        except dist.DistError as error:
+            raise Fault(f"rank {rank} could not meet the others: {str(error).splitlines()[0]}") from None
+        with signs.guarding():
+            yield _grid(settings, rank, size, local_rank, device, signs)
+            # Parting while another rank still talks ends that one with a network error instead of its own.
+            if size > 1:
+                dist.barrier()
     finally:
+        signs.close()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
-def _grid(settings: Settings, rank: int, size: int, local_rank: int, device: torch.device) -> Mesh:
+def _grid(settings: Settings, rank: int, size: int, local_rank: int, device: torch.device, watch: Watch) -> Mesh:
     """The place of this rank, with the groups of its axes; every rank makes all groups, in the same order."""
     if settings.ranks_of_a_replica == 1:
-        return Mesh(rank, size, local_rank, device)
+        return Mesh(rank, size, local_rank, device, watch=watch)
     shape = (settings.pipeline, settings.data_size(size), settings.sequence, settings.tensor)
     ranks = torch.arange(size).view(shape)
     place = dict(zip(_AXES, (int(i) for i in (ranks == rank).nonzero()[0]), strict=True))
@@ -319,7 +332,7 @@ def _grid(settings: Settings, rank: int, size: int, local_rank: int, device: tor
         handle, _ = dist.new_subgroups_by_enumeration(both)
         is_end = place["pipeline"] in (0, settings.pipeline - 1)
         ends = Group(int(place["pipeline"] > 0), 2, handle) if is_end else Group()
-    return Mesh(rank, size, local_rank, device, replicas=replicas, ends=ends, **groups)
+    return Mesh(rank, size, local_rank, device, replicas=replicas, ends=ends, watch=watch, **groups)
 
 
 def _settle_deepspeed(
@@ -331,6 +344,9 @@ def _settle_deepspeed(
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
     os.environ["LOCAL_SIZE"] = str(local_size)  # without it ZeRO-3 on a CPU calls numactl at every reduction
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    # Or gloo listens at the address that this machine's name happens to have.
+    if interface := interface_towards(address, port):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed.ops
 

@@ -22,6 +22,8 @@ _FINE, _DISK, _FAULT = range(3)  # what failed is at once the exit status
 class OtherRankError(RuntimeError):
     """Another rank failed and tells why itself. `status`: what its process ends with, and so should this one."""
 
+    is_everybodys = True
+
     def __init__(self, rank: int, status: int) -> None:
         super().__init__(f"rank {rank} failed and says why")
         self.status = status

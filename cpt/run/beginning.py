@@ -31,7 +31,16 @@ _log = logging.getLogger(__name__)
 
 
 class TrainingError(RuntimeError):
-    """The run cannot go on, and no setting is to blame; one line says why and where the last checkpoint is."""
+    """The run cannot go on, and no setting is to blame; one line says why and where the last checkpoint is.
+
+    All ranks raise it alike. `is_final`: the same command would come to the same end.
+    """
+
+    is_everybodys = True
+
+    def __init__(self, line: str, is_final: bool = True) -> None:
+        super().__init__(line)
+        self.is_final = is_final
 
 
 def where_to_begin(

@@ -22,20 +22,22 @@ from cpt.versions.reading import Release, Versions
 _log = logging.getLogger(__name__)
 
 
-def train_versions(plan: Versions, mesh: Mesh, why_orphaned: Callable[[], str | None] = lambda: None) -> Outcome:
+def train_versions(
+    plan: Versions, mesh: Mesh, why_orphaned: Callable[[], str | None] = lambda: None, job: str | None = None
+) -> Outcome:
     """Train main path and branches to their end, or until a signal asks to stop; on all ranks alike.
 
     Raises what `train` does. A checkpoint that only a branch needed goes when the branch is done.
     """
     _log.info("main path through %d versions: %s", len(plan.releases), plan.main.output)
-    outcome = train(plan.main, mesh, why_orphaned)
+    outcome = train(plan.main, mesh, why_orphaned, job)
     for release in plan.releases:
         # A signal in a run's last step ends that run as if there had been none, and may have reached one rank alone.
         if mesh.any(outcome.asked is not None):
             return dataclasses.replace(outcome, signal=outcome.signal or outcome.asked or signal.SIGTERM)
         gc.collect()  # engines hold themselves in circles; the next one wants the memory
         _log.info("version %s: %s", release.name, release.run.output)
-        outcome = train(release.run, mesh, why_orphaned)
+        outcome = train(release.run, mesh, why_orphaned, job)
         if mesh.is_first and RunFolder(release.run.output).is_finished:
             _let_go(plan, release)
     return outcome

@@ -1,0 +1,160 @@
+"""Where the ranks meet: a store that the first rank keeps, listening at the job's own address and nowhere else.
+
+    first rank    binds address:port  -->  store  <--  the others connect, and say that they are there
+                  "waits for ranks 3 and 5" every minute, until all are there or time is up
+
+Under torchrun the store is its agent's, and listens where that pleases. A process by itself needs no socket.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import fcntl
+import ipaddress
+import logging
+import socket
+import struct
+import time
+
+import torch.distributed as dist
+
+from cpt.config import Fault
+
+_log = logging.getLogger(__name__)
+
+_TELL_SECONDS = 60.0
+_WAITING_CONNECTIONS = 4096
+
+
+def open_store(
+    address: str, port: int, rank: int, size: int, *, is_on_one_machine: bool, is_kept_by_agent: bool, seconds: float
+) -> dist.Store:
+    """The store at which `size` ranks meet, when all of them are there.
+
+    Raises Fault if the port is taken, the first rank cannot be reached, or some do not come within `seconds`.
+    """
+    if size == 1:
+        return dist.HashStore()
+    timeout = datetime.timedelta(seconds=seconds)
+    listening = None
+    if rank == 0 and not is_kept_by_agent:
+        listening = _listen(address, port, is_on_one_machine)
+    try:
+        store = dist.TCPStore(
+            address,
+            port,
+            size,
+            is_master=listening is not None,
+            timeout=timeout,
+            wait_for_workers=False,
+            master_listen_fd=None if listening is None else listening.detach(),
+        )
+        _gather(store, rank, size, seconds)
+    except dist.DistError as error:
+        raise Fault(
+            f"rank {rank} on {socket.gethostname()} could not meet the others at {address}:{port}: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+    return store
+
+
+def _listen(address: str, port: int, is_on_one_machine: bool) -> socket.socket:
+    """A socket that listens at the address alone; at all of this machine's where others would not find it there."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise Fault(f"rank 0 cannot find the address {address} (MASTER_ADDR): {error.strerror}") from None
+    listening = socket.socket(family, kind, protocol)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    anywhere = "::" if family == socket.AF_INET6 else "0.0.0.0"
+    # Debian's /etc/hosts gives a machine's own name an address that only it knows.
+    is_hidden = ipaddress.ip_address(place[0].partition("%")[0]).is_loopback and not is_on_one_machine
+    if is_hidden:
+        _log.info("%s is %s here, where other machines find nobody: listening at all addresses", address, place[0])
+        place = (anywhere, *place[1:])
+    try:
+        _bind(listening, place, anywhere, address)
+        listening.listen(_WAITING_CONNECTIONS)
+    except OSError as error:
+        listening.close()
+        if error.errno != errno.EADDRINUSE:
+            raise Fault(f"rank 0 cannot listen at {address}:{port}: {error.strerror}") from None
+        raise Fault(
+            f"port {port} on {address} is taken by another program; name a free one: "
+            "deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT=N"
+        ) from None
+    return listening
+
+
+def _bind(listening: socket.socket, place: tuple, anywhere: str, address: str) -> None:
+    try:
+        listening.bind(place)
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        _log.info("%s is no address of this machine's own: listening at all addresses", address)
+        listening.bind((anywhere, *place[1:]))
+
+
+def _gather(store: dist.Store, rank: int, size: int, seconds: float) -> None:
+    """Return when every rank has come; the first one says for whom it waits. Raises Fault when time is up."""
+    store.set(f"here/{rank}", socket.gethostname())
+    if rank > 0:
+        store.wait(["all here"], datetime.timedelta(seconds=seconds + _TELL_SECONDS))
+        if missing := store.get("all here").decode():
+            raise Fault(f"{missing}; rank 0 says so too")
+        return
+    began, told = time.monotonic(), time.monotonic()
+    missing = list(range(size))
+    while missing := [one for one in missing if not store.check([f"here/{one}"])]:
+        waited = time.monotonic() - began
+        if waited > seconds:
+            reason = (
+                f"{told_numbers(missing)} of {size} did not come within {seconds:g} s (mesh.timeout_seconds); "
+                f"see whether they were started, and whether their machines reach {socket.gethostname()}"
+            )
+            store.set("all here", reason)
+            raise Fault(reason)
+        if time.monotonic() - told > _TELL_SECONDS:
+            told = time.monotonic()
+            _log.warning("rank 0 waits for %s of %d, since %.0f s", told_numbers(missing), size, waited)
+        time.sleep(0.05)
+    store.set("all here", "")
+
+
+def told_numbers(ranks: list[int]) -> str:
+    """`rank 3`, `ranks 3, 5 and 6`; of many the first eight and how many more."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    shown, more = (ranks, 0) if len(ranks) <= 8 else (ranks[:8], len(ranks) - 8)
+    if more:
+        return f"ranks {', '.join(map(str, shown))} and {more} more"
+    return f"ranks {', '.join(map(str, shown[:-1]))} and {shown[-1]}"
+
+
+def interface_towards(address: str, port: int) -> str | None:
+    """The network interface by which this machine reaches an address; None if that cannot be told."""
+    try:
+        family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(place)  # sends nothing
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    if family != socket.AF_INET:
+        return None
+    return next((name for _, name in socket.if_nameindex() if _address_of(name) == own), None) or (
+        "lo" if own.startswith("127.") else None
+    )
+
+
+def _address_of(interface: str) -> str | None:
+    """An interface's IPv4 address, if it has one."""
+    get_address = 0x8915  # SIOCGIFADDR
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            answer = fcntl.ioctl(probe.fileno(), get_address, struct.pack("256s", interface.encode()[:15]))
+        except OSError:
+            return None
+    return socket.inet_ntoa(answer[20:24])

@@ -1,0 +1,79 @@
+"""One start of a run, from taking its folder to its end, as `attempts.jsonl` tells it."""
+
+from __future__ import annotations
+
+import socket
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpt.config import Fault
+from cpt.observe import attempts
+from cpt.observe.logs import keep_in_file
+from cpt.parallel.mesh import Mesh
+from cpt.parallel.together import OtherRankError
+from cpt.parallel.watch import first_line, is_of_a_connection
+
+
+@dataclass
+class Attempt:
+    """An attempt that goes on. Its first rank tells what comes of it."""
+
+    folder: Path
+    mesh: Mesh
+
+    def trains(self, step: int) -> None:
+        """All is prepared, and the step after `step` comes next."""
+        if self.mesh.is_first:
+            attempts.note_attempt(self.folder, "training", step=step)
+
+    def ends(self, step: int, signal: int | None) -> None:
+        """The run is finished, or was stopped by a signal and has saved."""
+        if self.mesh.is_first and signal is None:
+            attempts.note_end(self.folder, how=attempts.FINISHED, step=step)
+        elif self.mesh.is_first:
+            attempts.note_end(self.folder, how=attempts.STOPPED, step=step, signal=int(signal))
+
+
+@contextmanager
+def attempt(folder: Path, mesh: Mesh, step: int, job: str | None) -> Iterator[Attempt]:
+    """Note that the run starts at `step`, as part of a SLURM `job` or of none, and how it ends if it fails inside.
+
+    All ranks call it. What broke because another rank ended is left for the watch to tell.
+    """
+    nodes = list(dict.fromkeys(mesh.texts(socket.gethostname())))
+    if mesh.is_first:
+        number = 1 + sum(event["event"] == "started" for event in attempts.read_attempts(folder))
+        attempts.note_attempt(
+            folder, "started", step=step, ranks=mesh.size, nodes=nodes, job=job, attempt=number
+        )  # fmt: skip
+    try:
+        yield Attempt(folder, mesh)
+    except OtherRankError:
+        raise
+    except BaseException as error:
+        is_told_by_watch = mesh.size > 1 and is_of_a_connection(error)
+        is_everybodys = getattr(error, "is_everybodys", False)
+        if not is_told_by_watch and (mesh.is_first or not is_everybodys):
+            _note_failure(folder, mesh, error)
+        raise
+
+
+def _note_failure(folder: Path, mesh: Mesh, error: BaseException) -> None:
+    reason = " ".join(str(error).split()) if isinstance(error, Fault | OSError) else first_line(error)
+    is_everybodys = getattr(error, "is_everybodys", False)
+    if is_everybodys:
+        reason = str(error)
+    elif not isinstance(error, Fault | OSError | KeyboardInterrupt):
+        keep_in_file(traceback.format_exception(error))
+    attempts.note_end(
+        folder,
+        how=attempts.FAILED,
+        step=mesh.watch.steps_done,
+        reason=reason,
+        rank=None if is_everybodys else mesh.rank,
+        node=None if is_everybodys else socket.gethostname(),
+        is_final=getattr(error, "is_final", isinstance(error, Fault)),
+    )
