@@ -34,7 +34,6 @@ from cpt.tensor_writer import Layout, Writer, in_order, reading, write_whole
 # 1 had no columns, and is read as well.
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
-_BLOCK_BYTES = 16 << 20
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -107,7 +106,7 @@ class Part:
         if image is not None:
             write_whole(path, image, self.layout.num_bytes, digest.update)
         else:
-            with Writer(path, self.layout, digest.update, _BLOCK_BYTES) as writer:
+            with Writer(path, self.layout, digest.update) as writer:
                 for key in in_order(self.layout):
                     writer.write(key, reading(self.tensors[key]))
         _write_part_of_index(aside, self.rank, self.entries, digest.hexdigest())

@@ -57,7 +57,7 @@ def test_a_new_file_has_the_bytes_that_the_library_would_write(tmp_path):
 
 @pytest.mark.parametrize("block", [4096, 8192, 1 << 20])
 def test_a_file_made_in_memory_is_the_same_and_is_written_to_the_byte(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(tensor_writer, "_WHOLE_BLOCK_BYTES", block)
+    monkeypatch.setattr(tensor_writer, "_BLOCK_BYTES", block)
     tensors = some_tensors()
     layout = Layout.of_tensors({name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()})
     memory, seen = memory_for(layout.num_bytes + 10_000).fill_(7), []  # more than is needed, with something in it
