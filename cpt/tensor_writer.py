@@ -172,8 +172,8 @@ class Writer:
 def memory_for(num_bytes: int, is_pinned: bool = False) -> Tensor:
     """Memory, uint8, that the disk can take a file or a block of it from: it begins and ends where a disk's block may.
 
-    From 4 MiB on NumPy asks for huge pages. Memory of small ones goes to the disk in as many pieces: a virtual disk took
-    1.2 to 1.6 GB/s from it, and 1.9 to 2.2 from huge ones, in blocks of 2 to 8 MiB.
+    From 4 MiB on NumPy asks for huge pages. Memory of small ones goes to the disk in as many pieces: a virtual disk
+    took 1.2 to 1.6 GB/s from it, and 1.9 to 2.2 from huge ones, in blocks of 2 to 8 MiB.
     `is_pinned`: for a GPU; where the system does not allow that much, a warning, and it is as any other.
     """
     whole = np.empty(_rounded(num_bytes) + _DISK_BLOCK, dtype=np.uint8)
