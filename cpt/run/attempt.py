@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from cpt.config import Fault
 from cpt.observe import attempts
 from cpt.observe.logs import keep_in_file
+from cpt.observe.lost_pages import tell_lost_pages
 from cpt.parallel.mesh import Mesh
 from cpt.parallel.together import OtherRankError
 from cpt.parallel.watch import first_line, is_of_a_connection
@@ -36,6 +38,15 @@ class Attempt:
         elif self.mesh.is_first:
             attempts.note_end(self.folder, how=attempts.STOPPED, step=step, signal=int(signal))
 
+    def loses_page(self, line: str) -> None:
+        """This process is about to end because a mapped file cannot be read, as `line` tells."""
+        where = f"rank {self.mesh.rank}: " if self.mesh.size > 1 else ""
+        with suppress(OSError):
+            os.write(2, f"cpt train: {where}{line}\n".encode())
+        keep_in_file([line])
+        _note_failure(self.folder, self.mesh, OSError(line))
+        self.mesh.watch.fails(line)
+
 
 @contextmanager
 def attempt(folder: Path, mesh: Mesh, step: int, job: str | None) -> Iterator[Attempt]:
@@ -49,8 +60,10 @@ def attempt(folder: Path, mesh: Mesh, step: int, job: str | None) -> Iterator[At
         attempts.note_attempt(
             folder, "started", step=step, ranks=mesh.size, nodes=nodes, job=job, attempt=number
         )  # fmt: skip
+    this = Attempt(folder, mesh)
+    tell_lost_pages(this.loses_page)
     try:
-        yield Attempt(folder, mesh)
+        yield this
     except OtherRankError:
         raise
     except BaseException as error:
