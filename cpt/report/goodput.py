@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # Who notes them is no process of the attempt.
-_OF_SUPERVISOR = ("submitted", "restarting", "requeued")
+_OF_SUPERVISOR = ("submitted", "launched", "restarting", "requeued", "not_requeued", "left")
 
 # In the order in which they are told.
 CAUSES = {
@@ -74,10 +74,12 @@ def goodput(
         queue = _seconds_in_queue(events, begin, end)
         seconds["queue"] += queue
         seconds["down"] += max(0.0, events[begin]["time"] - end) - queue
-        seconds["start"] += _seconds_to_first_step(events[begin:stop])
+        seconds["start"] += _seconds_to_first_step(events[begin:stop], scores)
         end = _end(events, begin, stop, metrics, scores)
     seconds["other"] = end - began - sum(seconds.values())
-    lost_steps = sum(_num_steps(event) for event in lost) + len(skipped)
+    # Of those left out, some were never made: a rewind passes over them.
+    lost_steps = sum(_num_steps(event) for event in lost)
+    lost_steps += sum(line.get("tokens_per_second") != 0.0 for line in skipped)
     return Goodput(end - began, seconds, len(starts), lost_steps)
 
 
@@ -94,11 +96,13 @@ def _seconds_in_queue(events: Sequence[dict[str, Any]], begin: int, end_before: 
     return max(0.0, events[begin]["time"] - max(asked, end_before)) if asked is not None else 0.0
 
 
-def _seconds_to_first_step(attempt: Sequence[dict[str, Any]]) -> float:
+def _seconds_to_first_step(attempt: Sequence[dict[str, Any]], scores: Sequence[dict[str, Any]]) -> float:
     """From the first event of an attempt to its first step; of one that made none, to its last event."""
     first = next((event for event in attempt if event["event"] in ("training", "ended")), attempt[-1])
-    # What was scored meanwhile is told as evaluation.
-    return first["time"] - attempt[0]["time"] - first.get("evaluation_seconds", 0.0)
+    # Row 0 is scored on the way to step 1, and told as evaluation.
+    is_beginning = first["event"] == "training" and not attempt[0].get("step")
+    row_0 = _total([line for line in scores if line["step"] == 0], "evaluation_seconds") if is_beginning else 0.0
+    return first["time"] - attempt[0]["time"] - row_0
 
 
 def _end(

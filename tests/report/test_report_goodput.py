@@ -29,7 +29,7 @@ def seconds_by_cause(account) -> dict[str, float]:
 QUIET = [
     at(1000, "submitted", job="7"),
     at(1100, "started", step=0, job="7"),
-    at(1130, "training", step=0, evaluation_seconds=4.0),
+    at(1130, "training", step=0),
     at(1161, "saved_last", step=10, seconds=3.0),
     at(1162, "ended", how="finished", step=10),
 ]
@@ -114,10 +114,11 @@ def test_steps_left_out_and_steps_gone_back_over_are_lost():
         at(9, "rewound", step_from=5, step_to=2, seconds=6.5),
         at(20, "ended", how="finished", step=5),
     ]
-    metrics = [step(1), step(2), {**step(3), "skipped": 1}, step(4), step(5)]
+    passed_over = {**step(3, 0.5), "skipped": 1, "tokens_per_second": 0.0}
+    metrics = [step(1), step(2), passed_over, {**step(4), "skipped": 1, "tokens_per_second": 50.0}, step(5)]
     account = goodput(events, metrics, [])
-    assert seconds_by_cause(account) == {"training": 8.0, "lost": 8.5, "other": 3.5}
-    assert account.lost_steps == 4
+    assert seconds_by_cause(account) == {"training": 6.0, "lost": 9.0, "other": 5.0}
+    assert account.lost_steps == 4  # three gone back over, one made and left out
 
 
 def test_a_run_that_is_still_training_is_told_up_to_its_last_step():
