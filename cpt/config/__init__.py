@@ -4,7 +4,7 @@ from cpt.config.choices import beside, build, chosen_from, name_of_choice, names
 from cpt.config.faults import Fault
 from cpt.config.length import Length, faults_of_lengths
 from cpt.config.read import as_mapping, read_mapping, read_settings
-from cpt.config.write import write_yaml
+from cpt.config.write import write_in_place, write_yaml
 
 __all__ = [
     "Fault",
@@ -18,5 +18,6 @@ __all__ = [
     "names_of_choices",
     "read_mapping",
     "read_settings",
+    "write_in_place",
     "write_yaml",
 ]

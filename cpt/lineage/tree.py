@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cpt.config import Fault
+from cpt.config import Fault, write_in_place
 
 _log = logging.getLogger(__name__)
 
@@ -56,9 +56,7 @@ def write_lineage(run: Path, parent: Parent | None, weights: Path | None = None)
             "tokens": parent.tokens,
             "learning_rate": parent.learning_rate,
         }
-    aside = run / "lineage.json.aside"
-    aside.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
-    aside.replace(run / "lineage.json")
+    write_in_place(run / "lineage.json", json.dumps(plain, indent=1) + "\n")
 
 
 def read_lineage(run: Path) -> Member:
