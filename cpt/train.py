@@ -15,6 +15,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +46,7 @@ from cpt.run import Run, Stage
 from cpt.run.attempt import attempt
 from cpt.run.beginning import TrainingError, open_gate, scores_of_parent, weights_of_folder, where_to_begin
 from cpt.run.kernels import kernels_for
-from cpt.run.opening import prepare_folder, tell_what_was_built
+from cpt.run.opening import prepare_folder, settle_folder, tell_what_was_built
 from cpt.run.raising import with_replay_raised
 from cpt.run.saving import Saving
 from cpt.run.scoring import Scoring
@@ -145,7 +146,8 @@ def train(
             )
         gate = open_gate(run, mesh, engine) if place.progress.step == 0 else None
         scores_above = scores_of_parent(run, parent) if gate and parent else {}
-        saving = Saving(run.checkpoint, mesh, folder, engine.content, journal.settle)
+        settle = partial(settle_folder, run, mesh, folder, parent, corpora, journal)
+        saving = Saving(run.checkpoint, mesh, folder, engine.content, settle)
         saving.warn_of_little_room(run.num_bytes_of_checkpoint)
         scoring = Scoring(run, mesh, folder, engine, journal, held_out)
         loop = _Loop(run, mesh, folder, engine, journal, scoring, gate, saving, stop, peak.flops * mesh.size, flops)

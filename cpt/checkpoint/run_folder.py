@@ -16,7 +16,7 @@ from typing import Any
 from cpt.checkpoint.keep import superseded
 from cpt.checkpoint.read import Checkpoint, find_checkpoint
 from cpt.checkpoint.write import checkpoint_folders, set_latest, step_folder
-from cpt.config import Fault
+from cpt.config import Fault, write_in_place
 from cpt.parallel.mesh import ALONE, Mesh
 from cpt.parallel.together import together
 
@@ -136,9 +136,7 @@ class RunFolder:
 
     def write_json(self, name: str, plain: dict[str, Any]) -> None:
         """Write one of the folder's small files aside, then in place."""
-        aside = self.path / f".{name}.aside"
-        aside.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
-        aside.replace(self.path / name)
+        write_in_place(self.path / name, json.dumps(plain, indent=1) + "\n")
 
 
 def _is_taken(folder: int) -> bool:

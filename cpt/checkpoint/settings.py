@@ -14,7 +14,8 @@ class Settings:
     `keep_every_tokens`: saved, and kept for ever, at the first step at or past each multiple of it; `keep_at_tokens`:
     at or past each of these tokens of the run, such as where branches are to leave it.
     `temporary_every_minutes`: saved when so long after the last save; the newest one of these stays until another is
-    saved. `in_background`: training waits for a copy in host memory only, and a save that fails does not end the run.
+    saved. `in_background`: training waits for a copy in host memory only, and a save that fails does not end the run,
+    but `most_failures` of them one after another do: what cannot be saved is not worth its hours.
     """
 
     every_tokens: int | None = None
@@ -23,6 +24,7 @@ class Settings:
     keep_at_tokens: tuple[int, ...] = ()
     temporary_every_minutes: float | None = None
     in_background: bool = True
+    most_failures: int = 10
 
     def faults(self) -> list[str]:
         """Counts below one, no time at all."""
@@ -36,6 +38,8 @@ class Settings:
             faults.append(
                 f"temporary_every_minutes = {self.temporary_every_minutes}: above 0; leave it out to save by tokens"
             )
+        if self.most_failures < 1:
+            faults.append(f"most_failures = {self.most_failures}: at least 1, which ends the run at the first one")
         return faults
 
     def keeps_for_ever(self, progress: Progress) -> bool:

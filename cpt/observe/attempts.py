@@ -53,7 +53,11 @@ def note_end(folder: Path, **fields: Any) -> bool:
     Ranks that find at the same time that it is over so tell it once: one looks and writes while the others wait.
     """
     with _alone_with(folder):
-        events = [one["event"] for one in read_attempts(folder) if one["event"] in ("started", "ended")]
+        try:
+            events = [one["event"] for one in read_attempts(folder) if one["event"] in ("started", "ended")]
+        except OSError as error:  # the disk may be why it ends
+            _log.warning("%s: ended cannot be noted: %s", folder / ATTEMPTS, error.strerror)
+            return False
         return events[-1:] == ["started"] and note_attempt(folder, "ended", **fields)
 
 

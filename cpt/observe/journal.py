@@ -55,9 +55,9 @@ class Journal:
         return (step, source) in self._scored
 
     def settle(self) -> None:
-        """Return when every line told so far is in its file; raises OSError if the disk does not take them."""
+        """Return when every line told so far is on the disk; raises OSError if it does not take them."""
         for file in self._files.values():
-            file.settle()
+            file.keep()
 
     def step(self, record: dict[str, Any], num_tokens: int) -> None:
         """Tell one step; `num_tokens` were trained on in it."""

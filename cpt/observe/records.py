@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ class Records:
         self.kept = kept
         self.dropped = [line for line in before if line["step"] > keep_until_step]
         self._path = path
-        self._file = path.open("ab", buffering=0)  # how much of a line the disk took must be known
+        self._file = self._open()
         self._left = bytearray()
         self._has_warned = False
 
@@ -54,6 +56,32 @@ class Records:
         if self._has_warned:
             _log.info("%s: all lines are written again", self._path)
         self._has_warned = False  # a disk that fills up again is told again
+
+    def keep(self) -> None:
+        """Write what is left and put it on the disk, so that even a power cut leaves it; OSError if that fails.
+
+        A file that was deleted is written again: while it is open, what it held is there.
+        """
+        if not self._path.exists():
+            self._write_again()
+        self.settle()
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+
+    def _write_again(self) -> None:
+        held = os.pread(self._file.fileno(), os.fstat(self._file.fileno()).st_size, 0)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self._path.with_name(self._path.name + ".aside")
+        aside.write_bytes(held)
+        aside.replace(self._path)
+        self._file.close()
+        self._file = self._open()
+
+    def _open(self) -> BinaryIO:
+        # How much of a line the disk took must be known: no buffer. To be read: see `keep`.
+        return self._path.open("ab+", buffering=0)
 
     def close(self) -> None:
         """Close the file; nothing is lost without it but what the disk does not take."""

@@ -7,10 +7,13 @@ import shutil
 from typing import Any
 
 from cpt.checkpoint import RunFolder
-from cpt.config import write_yaml
+from cpt.config import Fault, write_yaml
 from cpt.data.corpus import Corpus
 from cpt.data.prepare.tokenizers import Tokenizer
 from cpt.lineage import tree
+from cpt.observe.attempts import note_attempt
+from cpt.observe.journal import Journal
+from cpt.observe.logs import log_to_file
 from cpt.parallel.mesh import Mesh
 from cpt.run.settings import Run
 from cpt_kernels import switch
@@ -33,6 +36,29 @@ def prepare_folder(run: Run, folder: RunFolder, parent: tree.Parent | None, corp
         aside.mkdir()
         Tokenizer.open(tokenizer).copy_to(aside)
         aside.rename(folder.path / "tokenizer")
+
+
+def settle_folder(
+    run: Run, mesh: Mesh, folder: RunFolder, parent: tree.Parent | None, corpora: list[Corpus], journal: Journal
+) -> None:
+    """What no checkpoint may be without is in the folder: its settings, and every line told so far.
+
+    A folder that was deleted under the run is made again: the weights are still here, and worth more than the guess
+    that somebody wanted to be rid of them. Every rank may call it. Raises OSError if the disk does not take it.
+    """
+    if mesh.is_first and not folder.is_run:
+        _log.warning(
+            "%s was deleted while this run writes to it: it is made again, with its settings and the lines of all "
+            "steps; logs and checkpoints from before are lost. To end the run, stop its job", folder.path,
+        )  # fmt: skip
+        try:
+            prepare_folder(run, folder, parent, corpora)
+        except Fault as fault:
+            raise OSError("; ".join(fault.lines)) from None
+        log_to_file(folder.path, mesh.rank)
+        # Of this attempt, which may not end without having begun.
+        note_attempt(folder.path, "started", step=mesh.watch.steps_done, ranks=mesh.size, nodes=[], job=None, attempt=1)
+    journal.settle()
 
 
 def tell_what_was_built(run: Run, mesh: Mesh, model: Any, kernels: switch.Kernels, compiled: str, peak: str) -> None:

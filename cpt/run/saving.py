@@ -42,7 +42,9 @@ class Saving:
         self._settings, self._mesh, self._folder, self._content = settings, mesh, folder, content
         self._saver = Saver(mesh)
         self._began = time.monotonic()  # of the last save, of any kind
-        self._num_failed = 0
+        self._num_failed = self._num_in_a_row = 0
+        self._last_failure = ""
+        self._has_saved = (folder.checkpoints / "latest").is_file()
         self._num_told = 0
         self._seconds = 0.0  # that training has waited for saves, and no record has told
 
@@ -93,7 +95,7 @@ class Saving:
     def save(self, place: Place, ledger: Ledger, *, is_temporary: bool = False) -> None:
         """Save at `place`: in the background if the settings say so, after the save before has ended.
 
-        Raises OSError on every rank if that fails and nothing was to be in the background.
+        Raises OSError on every rank if that fails and nothing was to be in the background, or too many have failed.
         """
         with self._holding_up():
             if not self._settings.in_background:
@@ -102,9 +104,15 @@ class Saving:
                 return
             self.wait()
             began = time.perf_counter()
-            if not self._tell(self._begin(place, ledger, is_temporary, copies=True)):
-                seconds = time.perf_counter() - began
-                _log.info("copied step %d in %.2f s; writing it in the background", place.progress.step, seconds)
+            failure = self._tell(self._begin(place, ledger, is_temporary, copies=True))
+            seconds = time.perf_counter() - began
+        if self._num_in_a_row >= self._settings.most_failures:
+            raise OSError(
+                f"{self._num_in_a_row} saves have failed one after another (checkpoint.most_failures); the last one: "
+                f"{self._last_failure}. Mend the disk, and start the same command again"
+            )
+        if not failure:
+            _log.info("copied step %d in %.2f s; writing it in the background", place.progress.step, seconds)
 
     def save_last(self, place: Place, ledger: Ledger) -> None:
         """Save at `place`, after which the run ends: return when the checkpoint stands.
@@ -157,13 +165,26 @@ class Saving:
             return None
         if ended.failure is None:
             _log.info("saved %s in %.1f s", ended.folder, ended.seconds)
+        if self._mesh.is_first and self._has_saved and self._folder.is_run and not self._folder.checkpoints.is_dir():
+            _log.warning("%s was deleted, and all that was saved: saving anew", self._folder.checkpoints)
             return None
         self._num_failed += 1
-        stands = self._folder.checkpoints / "latest"
-        standing = f"{stands.read_text(encoding='utf-8').strip()} stands" if stands.is_file() else "none stands so far"
-        told = f"{ended.folder} could not be written: {ended.failure}; of the checkpoints before, {standing}"
+        self._num_in_a_row += 1
+        told = f"{ended.folder} could not be written: {ended.failure}; of the checkpoints before, {self._standing()}"
         if ended.is_there:
             told = f"{ended.folder} is written, but latest, older checkpoints or ledger.json are not: {ended.failure}"
         if self._mesh.is_first:
             _log.error("%s", told)
         return told
+            self._num_in_a_row, self._has_saved = 0, True
+        self._last_failure = told
+
+    def _standing(self) -> str:
+        """Which checkpoint there is to go on from."""
+        latest = self._folder.checkpoints / "latest"
+        try:
+            return f"{latest.read_text(encoding='utf-8').strip()} stands"
+        except FileNotFoundError:
+            return "none stands so far"
+        except OSError as error:  # the disk that the save has failed on
+            return f"none can be read: {error.strerror}"

@@ -247,6 +247,9 @@ class FullDisk:
         taken, self._room = self.file.write(data[: self._room]), 0
         return taken
 
+    def fileno(self) -> int:
+        return self.file.fileno()
+
     def close(self) -> None:
         self.file.close()
 

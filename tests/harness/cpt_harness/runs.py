@@ -230,6 +230,11 @@ def end(process: subprocess.Popen, seconds: float = SECONDS) -> int:
             process.wait()
 
 
+def ask_to_stop() -> None:
+    """A SIGTERM to this process: the run saves after its next step, and ends."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def ask_to_stop_at(step: int) -> Callable[[], None]:
     """For `before`: the run gets SIGTERM right after that step, and saves after the next."""
 
@@ -239,7 +244,7 @@ def ask_to_stop_at(step: int) -> Callable[[], None]:
         def tell_and_ask(journal: Journal, record: dict[str, Any], num_tokens: int) -> None:
             tell(journal, record, num_tokens)
             if record["step"] == step:
-                os.kill(os.getpid(), signal.SIGTERM)
+                ask_to_stop()
 
         Journal.step = tell_and_ask
 
