@@ -6,8 +6,9 @@ import argparse
 import os
 import sys
 
-from cpt.config import Fault
+from cpt.config import Fault, as_mapping
 from cpt.observe.logs import keep_in_file, log_to_terminal
+from cpt.parallel.health import check_health
 from cpt.parallel.mesh import num_gpus, open_mesh
 from cpt.parallel.together import OtherRankError
 from cpt.run import read_run
@@ -51,6 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
             watch=settings.watch,
         ) as mesh:
             has_met = True
+            as_read = as_mapping(plan or settings)
+            check_health(mesh, settings.health, as_read, settings.output, settings.num_bytes_of_checkpoint)
             if plan:
                 outcome = train_versions(plan, mesh, launchers.why_gone, place.job)
             else:

@@ -24,6 +24,7 @@ from cpt.config import Fault
 _log = logging.getLogger(__name__)
 
 _TELL_SECONDS = 60.0
+_HEARING_SECONDS = 10.0
 _WAITING_CONNECTIONS = 4096
 
 
@@ -102,8 +103,10 @@ def _gather(store: dist.Store, rank: int, size: int, seconds: float) -> None:
     store.set(f"here/{rank}", socket.gethostname())
     if rank > 0:
         store.wait(["all here"], datetime.timedelta(seconds=seconds + _TELL_SECONDS))
-        if missing := store.get("all here").decode():
-            raise Fault(f"{missing}; rank 0 says so too")
+        reason = store.get("all here").decode()
+        store.add("heard", 1)
+        if reason:
+            raise Fault(f"{reason}; rank 0 says so too")
         return
     began, told = time.monotonic(), time.monotonic()
     missing = list(range(size))
@@ -114,13 +117,21 @@ def _gather(store: dist.Store, rank: int, size: int, seconds: float) -> None:
                 f"{told_numbers(missing)} of {size} did not come within {seconds:g} s (mesh.timeout_seconds); "
                 f"see whether they were started, and whether their machines reach {socket.gethostname()}"
             )
-            store.set("all here", reason)
+            _end_with(store, reason, size - 1 - len(missing))
             raise Fault(reason)
         if time.monotonic() - told > _TELL_SECONDS:
             told = time.monotonic()
             _log.warning("rank 0 waits for %s of %d, since %.0f s", told_numbers(missing), size, waited)
         time.sleep(0.05)
     store.set("all here", "")
+
+
+def _end_with(store: dist.Store, reason: str, num_others: int) -> None:
+    """Let those that came hear why it ends: the store ends with this process."""
+    store.set("all here", reason)
+    deadline = time.monotonic() + _HEARING_SECONDS
+    while store.add("heard", 0) < num_others and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def told_numbers(ranks: list[int]) -> str:

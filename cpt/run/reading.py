@@ -62,6 +62,8 @@ FREE_TO_CHANGE = (
     "checkpoint",
     "loader",
     "log",
+    "health",
+    "watch",
     "deepspeed",
     "batch",
     "gate",

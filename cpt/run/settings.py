@@ -26,7 +26,7 @@ from cpt.models.layers import compiled, recompute
 from cpt.models.layers.cutting import faults_of_cut
 from cpt.models.layers.parting import blocks_of_parts, faults_of_parts, ranges_of
 from cpt.models.layers.sharing import faults_of_sharing
-from cpt.parallel import mesh, watch
+from cpt.parallel import health, mesh, watch
 from cpt.progress import Progress
 from cpt.run.batch_warmup import BatchWarmup
 from cpt_kernels import switch
@@ -169,6 +169,7 @@ class Run:
     checkpoint: checkpoint_settings.Settings = field(default_factory=checkpoint_settings.Settings)
     loader: loader.Settings = field(default_factory=loader.Settings)
     log: Log = field(default_factory=Log)
+    health: health.Settings = field(default_factory=health.Settings)
     watch: watch.Settings = field(default_factory=watch.Settings)
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
