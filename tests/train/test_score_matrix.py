@@ -127,6 +127,19 @@ def test_a_limit_exceeded_in_an_evaluation_that_a_signal_left_to_the_resume_is_i
     assert stop == {**expected, "forgetting": pytest.approx(expected["forgetting"], abs=1e-5)}
 
 
+def test_so_it_is_where_the_signal_came_in_the_last_step_of_a_stage(data, base, tmp_path):
+    plain = runs.settings(data, tmp_path / "run", [runs.stage(data, "code", 2)], parent={"run": str(base)})
+    plain["evaluation"]["every_tokens"] = None
+    plain["stop_if"] = {"forgetting": {"source": "prose", "above": 1e-6}}
+    config = runs.write_settings(tmp_path / "run.yaml", plain)
+    ((status, _),) = runs.cpt("train", config, before=runs.ask_to_stop_at(1))
+    assert status == 1
+    (stop,) = stops_of(tmp_path / "run")
+    assert (stop["stage"], stop["step"]) == ("code", 2)
+    runs.trained(config, "stop_if.forgetting=[]")
+    assert stops_of(tmp_path / "run") == [stop]
+
+
 def test_a_stop_stays_as_history_when_the_run_goes_on_and_in_its_children(limited, tmp_path):
     config, output = limited
     copied, stops = runs.copy(output, tmp_path / "run"), stops_of(output)
