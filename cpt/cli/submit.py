@@ -23,6 +23,8 @@ from cpt_launcher.submission import TEMPLATE, Request, render
 
 EXAMPLE = "cpt submit my.yaml seed=2 --nodes 2 --gpus-per-node 8 --partition gpu --time 24:00:00 --dry-run"
 
+_END_SECONDS = 60  # in which ranks that have missed one write stacks and messages, and end
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The words of `cpt submit`."""
@@ -112,6 +114,7 @@ def _request_of(arguments: argparse.Namespace, settings: Run, run: Path, place: 
         account=arguments.account, qos=arguments.qos, constraint=arguments.constraint, time=arguments.time,
         grace=arguments.grace, repeat=arguments.repeat, jobs=arguments.jobs, restarts=arguments.restarts,
         interface=arguments.interface, options=tuple(arguments.option),
+        wait_seconds=round(settings.watch.lost_seconds) + _END_SECONDS,
     )  # fmt: skip
     faults = request.faults()
     for nodes in range(max(request.fewest_nodes, 1), request.nodes + 1):

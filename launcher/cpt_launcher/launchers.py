@@ -23,6 +23,7 @@ NAMES = {
     "deepspeed.launcher.runner": "deepspeed",
     "deepspeed.launcher.launch": "deepspeed.launcher.launch",
     "torchrun": "torchrun",
+    "supervise.py": "supervise.py",
     "torch.distributed.run": "torchrun",
     "torch.distributed.launch": "torchrun",
 }

@@ -61,6 +61,11 @@ class Request:
         """Nodes that it begins on at least."""
         return self.min_nodes or self.nodes
 
+    @property
+    def is_range(self) -> bool:
+        """Whether SLURM may choose how many nodes it gives."""
+        return self.fewest_nodes < self.nodes
+
     def faults(self) -> list[str]:
         """What SLURM would refuse, or misunderstand."""
         counts = {"--nodes": self.nodes, "--min-nodes": self.min_nodes, "--tasks-per-node": self.tasks_per_node,
@@ -112,15 +117,17 @@ class Request:
         log = "job-%A_%a.log" if self.repeat == "array" else "job-%j.log"
         # A dot or a digit after % would be a pattern, too.
         folder = str(self.run / "logs").replace("%", "%%")
-        nodes = f"{self.min_nodes}-{self.nodes}" if self.fewest_nodes < self.nodes else self.nodes
+        nodes = f"{self.min_nodes}-{self.nodes}" if self.is_range else self.nodes
         values: dict[str, object] = {
             "job-name": self.name,
             "output": f"{folder}/{log}",
             "open-mode": "append",
             "nodes": nodes,
-            "ntasks-per-node": self.tasks_per_node,
+            "ntasks-per-node": None if self.is_range else self.tasks_per_node,
             "gpus-per-node": self.gpus_per_node,
-            "cpus-per-task": self.cpus_per_task,
+            # Of a job that names its tasks SLURM makes as many as --min-nodes has, and takes no more nodes than they
+            # need (22.05). So it asks for one a node, with the cores of all; srun says how many there are.
+            "cpus-per-task": self.tasks_per_node * (self.cpus_per_task or 1) if self.is_range else self.cpus_per_task,
             "partition": self.partition,
             "account": self.account,
             "qos": self.qos,
@@ -144,7 +151,7 @@ class Request:
         options = ["--restarts", self.restarts, "--grace", kill_after]
         if self.repeat != "requeue":
             options.append("--no-requeue")
-        srun_options = [f"--cpus-per-task={self.cpus_per_task}"] if self.cpus_per_task else []
+        srun_options = [f"--cpus-per-task={self.cpus_per_task or 1}"] if self.cpus_per_task or self.is_range else []
         return {
             "directives": "\n".join(self.directives),
             "folder": shlex.quote(str(self.folder)),

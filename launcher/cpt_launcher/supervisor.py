@@ -102,9 +102,14 @@ class Supervisor:
                     self._job.kill_steps(self._job.steps() - steps_before)
                     attempt.kill()
             time.sleep(_LOOK_SECONDS)
+        has_left_some = bool(attempt.left())
         self._clear(attempt, steps_before, asked_at)
         self._remove_stop_file()
-        return verdict_of(status, self._asked, self._is_finished(), read_attempts(self._run)[num_events:])
+        verdict = verdict_of(status, self._asked, self._is_finished(), read_attempts(self._run)[num_events:])
+        if verdict.end == "stopped" and self._asked is None and has_left_some:
+            # Ranks that miss their launcher save and say that they were stopped, but nobody wanted that.
+            return Verdict("failed", f"what started its ranks ended with status {status} before them")
+        return verdict
 
     def _ask_to_stop(self, attempt: Attempt) -> float:
         """Hand the request on; when that was."""

@@ -56,15 +56,21 @@ def write_stub(path: Path) -> str:
 
 def test_the_job_says_what_was_asked_for():
     asked = replace(
-        PLAIN, nodes=4, min_nodes=2, tasks_per_node=8, gpus_per_node=8, cpus_per_task=12, partition="gpu", account="a",
+        PLAIN, nodes=4, tasks_per_node=8, gpus_per_node=8, cpus_per_task=12, partition="gpu", account="a",
         qos="long", constraint="(a100|h100)", time="24:00:00", grace=600, options=("--exclusive", "--mem=0"),
     )  # fmt: skip
     assert directives(render(asked)) == [
-        "--job-name=mine", "--output=/runs/mine/logs/job-%j.log", "--open-mode=append", "--nodes=2-4",
+        "--job-name=mine", "--output=/runs/mine/logs/job-%j.log", "--open-mode=append", "--nodes=4",
         "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=12", "--partition=gpu", "--account=a",
         "--qos=long", "--constraint=(a100|h100)", "--time=24:00:00", "--signal=B:USR1@600", "--requeue", "--exclusive",
         "--mem=0",
     ]  # fmt: skip
+
+
+def test_a_range_of_nodes_names_no_tasks_for_slurm_would_take_no_more_nodes_than_the_fewest_need():
+    lines = directives(render(replace(PLAIN, nodes=4, min_nodes=1, tasks_per_node=8, cpus_per_task=3)))
+    assert "--nodes=1-4" in lines and "--cpus-per-task=24" in lines
+    assert not [line for line in lines if line.startswith("--ntasks")]
 
 
 def test_srun_starts_one_task_a_gpu_on_all_nodes_that_the_job_was_given(stub, tmp_path):

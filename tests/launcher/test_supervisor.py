@@ -159,6 +159,12 @@ def test_ranks_asked_to_stop_by_others_end_the_supervision_outside_of_slurm(tmp_
     assert runs.end(supervise(tmp_path, "stopped=15 exit=143", "finish")) == 143
 
 
+def test_ranks_that_miss_their_launcher_were_not_asked_to_stop_by_anybody(tmp_path):
+    assert runs.end(supervise(tmp_path, "stopped=15 orphan exit=143", "finish", options=("--grace", "0.5"))) == 0
+    told = "what started its ranks ended with status 143 before them"
+    assert [event["reason"] for event in events(tmp_path, "restarting")] == [told]
+
+
 def test_the_environment_is_kept_without_what_looks_like_a_secret(tmp_path):
     kept = {"NCCL_DEBUG": "WARN", "TORCH_API_KEY": "hidden", "PYTHON_TOKEN": "hidden", "HF_HOME": "other"}
     assert runs.end(supervise(tmp_path, "finish", **kept)) == 0
