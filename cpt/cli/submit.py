@@ -13,10 +13,12 @@ from pathlib import Path
 
 from cpt.checkpoint import RunFolder
 from cpt.config import Fault, read_mapping, write_yaml
+from cpt.config.yaml_text import to_yaml
 from cpt.data.check import open_corpora
-from cpt.observe.attempts import note_attempt
+from cpt.observe.attempts import note_attempt, read_attempts
 from cpt.run import Run, read_run
 from cpt.run.stages import corpora_of
+from cpt.versions import read_versions
 from cpt_launcher import slurm
 from cpt_launcher.snapshot import code_folder, next_snapshot, snapshot
 from cpt_launcher.submission import TEMPLATE, Request, render
@@ -55,53 +57,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Submit, and print the job's number and how to look after it. Raises Fault with everything that cannot work."""
-    settings = _settings_of(arguments)
-    folder = RunFolder(settings.output.absolute())
-    if folder.is_finished:
-        raise Fault(f"output = {settings.output}: this run is finished; name another output")
+    plan = read_versions(arguments.settings)
+    # The settings of a plan in full would be those of its runs: it goes as it was merged.
+    text = to_yaml(read_mapping(arguments.settings)) if plan else None
+    runs = [plan.main, *(release.run for release in plan.releases)] if plan else [read_run(arguments.settings)]
+    settings, folder = runs[0], RunFolder(runs[0].output.absolute())
+    _refuse_what_is_there(runs, folder.path)
     place = next_snapshot(folder.path)
-    request = _request_of(arguments, settings, folder.path, place)
+    request = _request_of(arguments, settings, [run.output.absolute() for run in runs], place)
+    script = render(request, arguments.template)
     if arguments.dry_run:
         code_folder()
-        print(render(request, arguments.template), end="")
+        print(script, end="")
         return 0
-    text = render(request, arguments.template)
     folder.make()
     (folder.path / "logs").mkdir(exist_ok=True)  # SLURM makes no folders for its logs
     with snapshot(place):
-        write_yaml(settings, request.config, "Every setting of this run, as it was submitted.")
-        script = place / "job.sbatch"
-        script.write_text(text, encoding="utf-8")
-        num_submissions = request.jobs if request.repeat == "chain" else 1
-        jobs: list[str] = []
-        try:
-            for _ in range(num_submissions):
-                jobs.append(slurm.submit(str(script)))
-        except slurm.SlurmError as error:
-            if not jobs:
-                raise Fault(f"{error}; --dry-run prints what would be submitted") from None
-            print(f"cpt submit: {len(jobs)} of {num_submissions} job(s) of the chain only: {error}", file=sys.stderr)
-        for job in jobs:
-            chain = jobs if request.repeat != "requeue" else []
-            note_attempt(folder.path, "submitted", job=job, nodes=request.nodes, repeat=request.repeat, chain=chain)
+        if text is None:
+            write_yaml(settings, request.config, "Every setting of this run, as it was submitted.")
+        else:
+            request.config.write_text(text, encoding="utf-8")
+        (place / "job.sbatch").write_text(script, encoding="utf-8")
+        jobs = _submit(request, place / "job.sbatch")
     print(f"submitted: job {', '.join(jobs)}; logs in {folder.path / 'logs'}")
     print(f"cpt status {shlex.quote(str(settings.output))}")
-    return 0 if len(jobs) == num_submissions else 1
+    return 0 if len(jobs) == request.num_submissions else 1
 
 
-def _settings_of(arguments: argparse.Namespace) -> Run:
-    """The settings of one run, whose data are there."""
-    mapping = read_mapping(arguments.settings)
-    if "versions" in mapping:
-        raise Fault("versions: cpt submit takes one run, not a version plan; docs/CLUSTER.md says how to start one")
-    settings = read_run(arguments.settings)
-    RunFolder(settings.output).refuse_other_contents()
-    open_corpora(corpora_of(settings), settings.model.vocabulary, settings.tokenizer, settings.is_within_documents)
-    return settings
+def _submit(request: Request, script: Path) -> list[str]:
+    """Submit the script, for a chain again and again; the jobs' numbers, noted in the run's folder.
+
+    Raises Fault if there is not one.
+    """
+    jobs: list[str] = []
+    try:
+        for _ in range(request.num_submissions):
+            jobs.append(slurm.submit(str(script)))
+    except slurm.SlurmError as error:
+        if not jobs:
+            raise Fault(f"{error}; --dry-run prints what would be submitted") from None
+        print(f"cpt submit: only {len(jobs)} of {request.num_submissions} jobs: {error}", file=sys.stderr)
+    for job in jobs:
+        chain = jobs if request.repeat != "requeue" else []
+        note_attempt(request.run, "submitted", job=job, nodes=request.nodes, repeat=request.repeat, chain=chain)
+    return jobs
 
 
-def _request_of(arguments: argparse.Namespace, settings: Run, run: Path, place: Path) -> Request:
+def _refuse_what_is_there(runs: list[Run], folder: Path) -> None:
+    """Raise Fault if nothing is left to do, if somebody is at it, or if what it needs is not there."""
+    if all(RunFolder(run.output).is_finished for run in runs):
+        raise Fault(f"output = {runs[0].output}: this run is finished; name another output")
+    RunFolder(folder).refuse_other_contents()
+    for run in runs[:1]:  # the branches of a plan take their data from its main path
+        open_corpora(corpora_of(run), run.model.vocabulary, run.tokenizer, run.is_within_documents)
+    for number in dict.fromkeys(e["job"] for e in read_attempts(folder) if e["event"] == "submitted"):
+        try:
+            job = slurm.find_job(number)
+        except slurm.SlurmError:  # sbatch will say so, if it is asked at all
+            return
+        if job is not None and (job.is_waiting or job.is_running):
+            raise Fault(f"output = {runs[0].output}: job {number} is {job.state} for this run; scancel {number} first")
+
+
+def _request_of(arguments: argparse.Namespace, settings: Run, outputs: list[Path], place: Path) -> Request:
     """What is asked for. Raises Fault if the settings cannot be cut over ranks of a number of nodes it may get."""
+    run = outputs[0]
     name = arguments.name or run.name
     if arguments.repeat == "chain" and arguments.name is None:
         # Jobs of a chain wait for those of their name: runs in folders of the same name must not wait for each other.
@@ -114,7 +134,7 @@ def _request_of(arguments: argparse.Namespace, settings: Run, run: Path, place: 
         account=arguments.account, qos=arguments.qos, constraint=arguments.constraint, time=arguments.time,
         grace=arguments.grace, repeat=arguments.repeat, jobs=arguments.jobs, restarts=arguments.restarts,
         interface=arguments.interface, options=tuple(arguments.option),
-        wait_seconds=round(settings.watch.lost_seconds) + _END_SECONDS,
+        wait_seconds=round(settings.watch.lost_seconds) + _END_SECONDS, more_runs=outputs[1:],
     )  # fmt: skip
     faults = request.faults()
     for nodes in range(max(request.fewest_nodes, 1), request.nodes + 1):

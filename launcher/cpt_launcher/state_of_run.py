@@ -50,7 +50,9 @@ def newest_attempt(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     group: list[dict[str, Any]] = []
     for event in events:
         is_second = event["event"] == "started" and any(one["event"] in ("started", "left") for one in group)
-        if is_second or event["event"] in ("submitted", "requeued", "launched"):
+        # A job may have begun before it was noted that it was submitted.
+        is_late = event["event"] == "submitted" and any(one.get("job") == event.get("job") for one in group)
+        if is_second or (event["event"] in ("submitted", "requeued", "launched") and not is_late):
             group = []
         group.append(event)
     return group

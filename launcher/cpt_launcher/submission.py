@@ -29,7 +29,7 @@ class Request:
     `config`: the settings. `nodes` at most and `min_nodes` at least. `grace`: seconds before the time limit at which
     the run is told to save. `repeat`: who goes on when the time is over: the same job, `jobs` of them in a chain, or
     those of an array. `options`: further lines for sbatch, as they are. `wait_seconds`: from the end of the first task
-    to that of all.
+    to that of all. `more_runs`: those of a version plan after its main path, which is `run`.
     """
 
     run: Path
@@ -55,11 +55,17 @@ class Request:
     interface: str | None = None
     options: Sequence[str] = ()
     wait_seconds: int = 120
+    more_runs: Sequence[Path] = ()
 
     @property
     def fewest_nodes(self) -> int:
         """Nodes that it begins on at least."""
         return self.min_nodes or self.nodes
+
+    @property
+    def num_submissions(self) -> int:
+        """How often the script is given to sbatch."""
+        return self.jobs if self.repeat == "chain" else 1
 
     @property
     def is_range(self) -> bool:
@@ -90,6 +96,7 @@ class Request:
         faults += [fault for name, value in named.items() if value is not None and (fault := _unfit(name, value))]
         if "\\" in str(self.run):
             faults.append(f"output = {self.run}: SLURM takes no \\ in the name of a log file; name another folder")
+        faults += [f"output = {run} breaks the line" for run in self.more_runs if not _is_line(str(run))]
         paths = {"this folder": self.folder, "the code's folder": self.code, "--interface": self.interface or ""}
         faults += [f"{name} {str(path)!r} breaks the line" for name, path in paths.items() if not _is_line(str(path))]
         for option in self.options:
@@ -151,6 +158,8 @@ class Request:
         options = ["--restarts", self.restarts, "--grace", kill_after]
         if self.repeat != "requeue":
             options.append("--no-requeue")
+        for run in self.more_runs:
+            options += ["--run", run]
         srun_options = [f"--cpus-per-task={self.cpus_per_task or 1}"] if self.cpus_per_task or self.is_range else []
         return {
             "directives": "\n".join(self.directives),

@@ -24,7 +24,8 @@ def main(words: Sequence[str]) -> int:
         description="Start COMMAND until the run in FOLDER is finished, or starting it again is of no use.",
         epilog="example: python launcher/supervise.py --run runs/mine -- deepspeed launcher/run.py my.yaml",
     )
-    parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="the run's folder, its `output`")
+    parser.add_argument("--run", type=Path, required=True, action="append", metavar="FOLDER", help="the run's folder, "
+                        "its `output`; again for each further run of a version plan")  # fmt: skip
     parser.add_argument("--restarts", type=int, default=3, metavar="N", help="failures without a newer checkpoint that "
                         "are followed by another start; default: 3")  # fmt: skip
     parser.add_argument("--backoff", type=float, default=10.0, metavar="SECONDS", help="pause after the first failure, "
@@ -51,7 +52,7 @@ def main(words: Sequence[str]) -> int:
             _log.error("%s", line)
         return CANNOT_WORK
     except OSError as error:
-        _log.error("%s: %s", error.filename or arguments.run, error.strerror)
+        _log.error("%s: %s", error.filename or arguments.run[0], error.strerror)
         return 1
 
 

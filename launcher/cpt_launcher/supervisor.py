@@ -45,18 +45,22 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signa
 
 
 class Supervisor:
-    """One supervision of one run. `environment` tells whether it goes on in a SLURM job, which then may be requeued."""
+    """One supervision of one run, or of those of a version plan, which one command trains: the first keeps the notes.
+
+    `environment` tells whether it goes on in a SLURM job, which then may be requeued.
+    """
 
     def __init__(
         self,
-        run: Path,
+        runs: Sequence[Path],
         command: Sequence[str],
         limits: Limits,
         grace: float,
         environment: Mapping[str, str],
         may_requeue: bool = True,
     ) -> None:
-        self._run, self._command, self._limits, self._grace = run, list(command), limits, grace
+        self._runs, self._run = list(runs), runs[0]
+        self._command, self._limits, self._grace = list(command), limits, grace
         self._environment = environment
         self._job = OwnJob(environment)
         self._may_requeue = may_requeue and self._job.name is not None
@@ -88,8 +92,9 @@ class Supervisor:
 
     def _try_once(self) -> Verdict:
         """Start the command and wait for its end; what it came to."""
-        self._note("launched", step=newest_step(self._run), by=self._by, job=self._job.name)
-        num_events, steps_before = len(read_attempts(self._run)), self._job.steps()
+        self._note("launched", step=self._newest_step(), by=self._by, job=self._job.name)
+        told_before = [len(read_attempts(run)) for run in self._runs]
+        steps_before = self._job.steps()
         attempt = Attempt(self._command)
         asked_at, was_killed = None, False
         while (status := attempt.status()) is None:
@@ -105,7 +110,7 @@ class Supervisor:
         has_left_some = bool(attempt.left())
         self._clear(attempt, steps_before, asked_at)
         self._remove_stop_file()
-        verdict = verdict_of(status, self._asked, self._is_finished(), read_attempts(self._run)[num_events:])
+        verdict = verdict_of(status, self._asked, self._is_finished(), self._events(told_before))
         if verdict.end == "stopped" and self._asked is None and has_left_some:
             # Ranks that miss their launcher save and say that they were stopped, but nobody wanted that.
             return Verdict("failed", f"what started its ranks ended with status {status} before them")
@@ -121,19 +126,20 @@ class Supervisor:
 
     def _is_asked(self) -> bool:
         """Whether to stop: by a signal, or by the file `stop`, which then is a person's."""
-        if self._asked is None and (self._run / STOP_FILE).exists():
+        if self._asked is None and any((run / STOP_FILE).exists() for run in self._runs):
             self._asked, self._is_asked_by_file = int(signal.SIGTERM), True
         return self._asked is not None
 
     def _remove_stop_file(self) -> None:
-        with suppress(OSError):
-            (self._run / STOP_FILE).unlink(missing_ok=True)
+        for run in self._runs:
+            with suppress(OSError):
+                (run / STOP_FILE).unlink(missing_ok=True)
 
     def _put_stop_file(self) -> None:
-        try:
-            (self._run / STOP_FILE).touch()
-        except OSError as error:  # the signal was sent all the same, and what does not end is killed
-            _log.debug("%s: %s", self._run / STOP_FILE, error.strerror)
+        for run in self._runs:
+            # A run of a plan may not have begun. Where the disk refuses, what does not end is killed.
+            with suppress(OSError):
+                (run / STOP_FILE).touch()
 
     def _clear(self, attempt: Attempt, steps_before: set[str], asked_at: float | None) -> None:
         """See to it that nothing of an ended attempt goes on: what a dead launcher left saves first, if it can."""
@@ -150,7 +156,7 @@ class Supervisor:
         """Decide, tell and do; the exit status, None to start again."""
         if verdict.end in ("refused", "final"):
             return self._leave(CANNOT_WORK if verdict.end == "refused" else 1, verdict.reason)
-        tries = tries_without_progress(read_attempts(self._run), self._by, newest_step(self._run))
+        tries = tries_without_progress(self._events(), self._by, self._newest_step())
         if verdict.end == "stopped":
             return self._after_stop(verdict, tries)
         if tries.failures > self._limits.restarts or tries.all > self._limits.idle:
@@ -202,13 +208,24 @@ class Supervisor:
         return status
 
     def _cancel_chain(self) -> None:
-        submitted = [event for event in read_attempts(self._run) if event["event"] == "submitted"]
+        submitted = [event for event in self._events() if event["event"] == "submitted"]
         self._job.cancel_chain([event.get("chain") or [] for event in submitted])
 
     # ---- what it knows
 
     def _is_finished(self) -> bool:
-        return (self._run / FINISHED_FILE).is_file()
+        return all((run / FINISHED_FILE).is_file() for run in self._runs)
+
+    def _newest_step(self) -> int:
+        """Of the newest checkpoint, counted over all runs: it grows with what is done."""
+        return sum(newest_step(run) for run in self._runs)
+
+    def _events(self, after: Sequence[int] = ()) -> list[dict[str, Any]]:
+        """What was noted, in the order of time; `after` so many lines of each run."""
+        told = [read_attempts(run) for run in self._runs]
+        starts = after or [0] * len(told)
+        events = [event for events, start in zip(told, starts, strict=True) for event in events[start:]]
+        return sorted(events, key=lambda event: event["time"]) if len(told) > 1 else events
 
     def _note(self, event: str, **fields: Any) -> None:
         note_attempt(self._run, event, **fields)

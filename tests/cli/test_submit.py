@@ -135,5 +135,24 @@ def test_a_finished_run_and_a_folder_of_something_else_are_refused(config, sbatc
     assert "this run is finished" in refused(config, capsys)
 
 
-def test_a_version_plan_is_refused(config, sbatch, capsys):
-    assert "not a version plan" in refused(config, capsys, "versions=[]")
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING"])
+def test_a_run_that_a_job_is_at_work_on_is_refused(config, sbatch, tmp_path, capsys, state):
+    assert submit(config) == 0
+    scontrol = sbatch.parent / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho JobId=41 JobState={state}\n")
+    scontrol.chmod(0o755)
+    assert f"job 41 is {state} for this run; scancel 41 first" in refused(config, capsys)
+
+
+def test_a_version_plan_is_submitted_as_one_job_for_all_its_runs(data, sbatch, tmp_path):
+    plain = runs.settings(data, tmp_path / "plan", [])
+    del plain["stages"]
+    source = {"sources": {"prose": {"corpus": str(data / "prose")}}, "tokens": 20 * runs.TOKENS_A_STEP}
+    plain |= {"main": {"peak": 1e-3}, "versions": [{"name": name, **source} for name in ("one", "two")]}
+    plain["versions"][1]["sources"] = {"code": {"corpus": str(data / "code")}}
+    config = runs.write_settings(tmp_path / "plan.yaml", plain)
+    assert submit(config) == 0
+    text = (tmp_path / "plan" / "main" / "snapshot" / "0001" / "job.sbatch").read_text()
+    assert text.count(f"--run {tmp_path}/plan/") == 2 and f"run={tmp_path}/plan/main\n" in text
+    saved = yaml.safe_load((tmp_path / "plan" / "main" / "snapshot" / "0001" / "config.yaml").read_text())
+    assert [version["name"] for version in saved["versions"]] == ["one", "two"]

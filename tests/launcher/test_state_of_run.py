@@ -94,6 +94,7 @@ def test_a_stop_that_is_asked_for_is_told_while_the_run_saves():
 def test_the_newest_attempt_begins_where_it_was_submitted_requeued_launched_or_started_by_hand():
     assert newest_attempt([*RUNNING, FAILED, RESTARTING, LAUNCHED, STARTED]) == [LAUNCHED, STARTED]
     assert newest_attempt([STARTED, FAILED, STARTED, TRAINING]) == [STARTED, TRAINING]
+    assert newest_attempt([{**LAUNCHED, "job": "7"}, SUBMITTED, STARTED])[0]["event"] == "launched"  # noted late
     assert newest_attempt([*RUNNING, FAILED]) == [LAUNCHED, STARTED, TRAINING, FAILED]
 
 

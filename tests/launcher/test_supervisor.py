@@ -41,6 +41,8 @@ for act in pathlib.Path(sys.argv[2]).read_text().splitlines()[number - 1].split(
         note_attempt(folder, "ended", how="stopped", signal=int(value))
     elif word == "finish":
         (folder / "finished.json").write_text("{}")
+    elif word == "touch":
+        pathlib.Path(value).touch()
     elif word == "orphan":
         code = "import time; time.sleep(300)"
         subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
@@ -85,6 +87,13 @@ def test_a_run_that_fails_is_started_again_until_it_is_finished(tmp_path):
     restarts = events(tmp_path, "restarting")
     assert [event["reason"] for event in restarts] == ["fire", "ended with status 0, without finishing"]
     assert [event["failures"] for event in restarts] == [1, 0]  # the second one had saved
+
+
+def test_the_runs_of_a_plan_are_done_when_all_are(tmp_path):
+    (tmp_path / "other").mkdir()
+    acts = ["finish", "save=10 exit=1", f"finish touch={tmp_path}/other/finished.json"]
+    assert runs.end(supervise(tmp_path, *acts, options=("--run", str(tmp_path / "other")))) == 0
+    assert len(events(tmp_path, "launched")) == 3
 
 
 def test_a_finished_run_is_left_alone(tmp_path):
