@@ -40,10 +40,10 @@ test-long: setup
 	@echo "== tests that take minutes =="
 	"$(BIN)/python" -m pytest -m long --durations=0
 
-# What they measured stands in the output: the fault table of docs/CLUSTER.md.
+# What they measured stands at the end of the output: the fault table of docs/CLUSTER.md.
 test-cluster: setup
 	@echo "== tests on a SLURM cluster =="
-	"$(BIN)/python" -m pytest tests/cluster -m "cluster and not long" -s -rs
+	"$(BIN)/python" -m pytest tests/cluster -m "cluster and not long" -rs -n $(WORKERS) --dist worksteal
 
 lint: setup
 	"$(BIN)/ruff" check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from cpt_harness import runs
 from cpt_harness.slurm_cluster import FREEZER, SlurmCluster
 
 
@@ -41,8 +42,8 @@ def test_two_clusters_at_once_do_not_meet_and_nothing_is_left_of_them(tmp_path):
         assert told == [one.nodes, other.nodes]
         number = one.submit("--wrap", "sleep 100")
         one.wait_for_state(number, "RUNNING")
+        runs.wait_for(lambda: one.processes(one.nodes[0], "sleep 100"), "the job's processes")
         processes = [*one.processes(one.nodes[0]), *one.processes(one.login)]
-        assert one.processes(one.nodes[0], "sleep", "100")
     assert not [number for number in processes if os.path.exists(f"/proc/{number}/exe")]
     assert not one.home.exists() and not list(FREEZER.glob(f"slurm_{one.nodes[0]}"))
     assert f"to-{one.nodes[0]}" not in Path("/proc/net/dev").read_text()

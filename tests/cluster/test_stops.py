@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from cpt_harness import runs
-from cpt_harness.slurm_runs import SubmittedRun
+from cpt_harness.slurm_runs import SubmittedRun, row, write_slow_settings
 
 
 def saved_step(run: SubmittedRun) -> int:
@@ -27,47 +27,65 @@ def assert_saved_and_went_on(run: SubmittedRun, undisturbed: Path, signal: int) 
     runs.assert_same_but_for_checkpoints(runs.story(run.path), runs.story(undisturbed))
 
 
-def test_a_run_saves_before_the_time_limit_and_its_job_is_requeued_until_it_is_finished(cluster, config, undisturbed):
+def row_of(run: SubmittedRun, fault: str, injected: str, result: str, began: float) -> str:
+    """A line of the table for a run that saved when it was asked to, at the time `began`."""
+    ended = run.events("ended")[0]
+    times = {"saved_after": ended["time"] - began}
+    if len(run.events("training")) > 1:
+        times["training_again_after"] = run.events("training")[1]["time"] - began
+    seen = f"stopped and saved at step {ended['step']}"
+    return row(fault, injected, seen, run.lost_tokens(), result, **times)
+
+
+def test_a_run_saves_before_the_time_limit_and_its_job_is_requeued_until_it_is_finished(
+    cluster, config, undisturbed, tell
+):
     run = SubmittedRun(cluster, config, "--nodes", 2, "--time", "0:10:00")
     run.wait_for_step(20)
     since = time.time() - run.events("started")[-1]["time"]
-    minutes = math.ceil(since / 60) + 1  # so that the signal, a minute before, is due now or soon
+    minutes = math.ceil(since / 60) + 1  # so that the signal, a minute before the limit, is due now or soon
+    began = time.time()
     cluster.run("scontrol", "update", f"JobId={run.job}", f"TimeLimit={minutes}")
-    asked = run.wait_for_event("requeued")
-    assert "USR1" in asked["reason"]
+    assert "USR1" in run.wait_for_event("requeued")["reason"]
     assert_saved_and_went_on(run, undisturbed, 10)
+    tell(row_of(run, "time limit", "a limit that ends within two minutes", "requeued, went on", began))
 
 
 def test_a_run_that_is_preempted_saves_within_the_grace_time_and_goes_on_after_the_other_job(
-    cluster, config, undisturbed
+    cluster, config, undisturbed, tell
 ):
     run = SubmittedRun(cluster, config, "--nodes", 2, "--partition", "low")
     run.wait_for_step(20)
-    other = cluster.submit("-N3", "--exclusive", "-p", "high", "--wrap", "sleep 5")
     began = time.time()
+    other = cluster.submit("-N3", "--exclusive", "-p", "high", "--wrap", "sleep 1000")
     cluster.wait_for_state(other, "RUNNING")
-    print(f"preempted: the other job runs {time.time() - began:.1f} s after it was submitted")
     assert run.status()["state"] == "queued"
-    cluster.wait_for_state(other, "COMPLETED")
+    cluster.run("scancel", other)
     assert_saved_and_went_on(run, undisturbed, 15)
+    tell(row_of(run, "preemption", "a job of a higher partition wants all nodes", "requeued, went on", began))
 
 
-def test_a_job_that_is_requeued_by_hand_saves_and_goes_on(cluster, config, undisturbed):
+def test_a_job_that_is_requeued_by_hand_saves_and_goes_on(cluster, config, undisturbed, tell):
     run = SubmittedRun(cluster, config, "--nodes", 2)
     run.wait_for_step(20)
+    began = time.time()
     cluster.run("scontrol", "requeue", run.job)
     assert_saved_and_went_on(run, undisturbed, 15)
+    tell(row_of(run, "requeued by hand", "`scontrol requeue`", "went on", began))
 
 
-def test_a_job_that_is_cancelled_saves_and_stays_cancelled(cluster, config):
-    run = SubmittedRun(cluster, config, "--nodes", 2)
+def test_a_job_that_is_cancelled_saves_and_stays_cancelled(cluster, data, tmp_path, tell):
+    folder = tmp_path / """it's "a" $(touch pwned) `touch pwned` run"""
+    folder.mkdir()
+    run = SubmittedRun(cluster, write_slow_settings(data, folder), "--nodes", 2)
     run.wait_for_step(20)
     began = time.time()
     cluster.run("scancel", run.job)
     cluster.wait_for_state(run.job, "CANCELLED")
     ended = run.wait_for_event("ended")
-    print(f"scancel: saved {ended['time'] - began:.1f} s later")
     assert (ended["how"], ended["step"]) == ("stopped", saved_step(run)) and ended["step"] >= 20
     time.sleep(cluster.requeue_wait + 3)
-    assert cluster.job_state(run.job) == "CANCELLED" and not run.events("requeued")
+    assert cluster.job_state(run.job) == "CANCELLED" and len(run.events("started")) == 1
     assert run.status()["state"] == "stopped"
+    assert not list(tmp_path.rglob("pwned"))
+    tell(row_of(run, "cancelled", "`scancel`", "stays cancelled", began))

@@ -129,7 +129,8 @@ class SlurmCluster:
     @property
     def environment(self) -> dict[str, str]:
         """What a user's shell on the login node has: nothing of pytest's, and one thread a process."""
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "PYTHON", "LOCAL_"))}
+        strange = ("SLURM", "PYTHON", "LOCAL_", "TRITON_")
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(strange)}
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # torchrun and deepspeed lie beside our Python
         return {**kept, "PATH": path, "SLURM_CONF": str(self.home / "slurm.conf"), "OMP_NUM_THREADS": "1"}
 
@@ -216,8 +217,18 @@ class SlurmCluster:
         self._ip(self.login, "link", "set", self._port(node), "nomaster")
 
     def heal(self, node: str) -> None:
-        """The network of a node that was cut off works again."""
+        """The network of a node works, whether it was cut off or not."""
         self._ip(self.login, "link", "set", self._port(node), "master", "bridge")
+
+    def mend(self) -> None:
+        """All links work and all nodes are there; those that SLURM drained after a fault are used again."""
+        for node in self.nodes:
+            if node not in self._firsts:
+                self.boot(node)
+            self.heal(node)
+        for node, state in self.node_states().items():
+            if "drain" in state:
+                self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
 
     def start_slurmd(self, node: str) -> None:
         """SLURM's daemon on a node that has none."""
@@ -234,14 +245,17 @@ class SlurmCluster:
         self._kill_daemon(self.login, "slurmctld")
 
     def processes(self, node: str, *words: str) -> list[int]:
-        """The processes of a node, as this process numbers them, whose command line has all these words in it."""
+        """The processes of a node, as this process numbers them; those whose first three words have all of these in it.
+
+        Programs that are named further on do not count: what srun or a supervisor is to start.
+        """
         namespace = os.readlink(f"/proc/{self._first(node)}/ns/pid")
         found = []
         for entry in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
                 if os.readlink(f"/proc/{entry}/ns/pid") == namespace:
-                    line = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                    if line and all(word in line for word in words):
+                    line = Path(f"/proc/{entry}/cmdline").read_text(errors="replace").split("\0")[:3]
+                    if line[0] and all(word in " ".join(line) for word in words):
                         found.append(int(entry))
         return sorted(found)
 

@@ -26,11 +26,11 @@ LOST_SECONDS, HANG_SECONDS = 10, 20
 CPT = (sys.executable, "-c", "import sys; from cpt.cli import main; sys.exit(main(sys.argv[1:]))")
 
 
-def write_slow_settings(data: Path, folder: Path, steps: int = STEPS) -> Path:
-    """A run that is saved every ten steps and scored at its ends, as a file; its folder is `folder`/run."""
+def write_slow_settings(data: Path, folder: Path, steps: int = STEPS, save_every: int = 10) -> Path:
+    """A run that is saved every so many steps and scored at its ends, as a file; its folder is `folder`/run."""
     plain = runs.settings(data, folder / "run", [runs.stage(data, "prose", steps)])
     plain["evaluation"]["every_tokens"] = None
-    plain["checkpoint"] = {"every_tokens": 10 * runs.TOKENS_A_STEP}
+    plain["checkpoint"] = {"every_tokens": save_every * runs.TOKENS_A_STEP}
     plain["watch"] = {"hang_seconds": HANG_SECONDS, "slow_seconds": 300, "lost_seconds": LOST_SECONDS}
     return runs.write_settings(folder / "run.yaml", plain)
 
@@ -38,20 +38,18 @@ def write_slow_settings(data: Path, folder: Path, steps: int = STEPS) -> Path:
 class SubmittedRun:
     """A run of which `cpt submit CONFIG WORDS` made a job, and what becomes of it.
 
-    `rest`: seconds after each step until `hurry()` is called. `hang`: `RANK STEP`, to stop once reading data there.
+    `rest`: seconds after each step until `hurry()` is called.
     """
 
-    def __init__(
-        self, cluster: SlurmCluster, config: Path, *words: object, rest: float = 0.2, hang: str | None = None
-    ) -> None:
+    def __init__(self, cluster: SlurmCluster, config: Path, *words: object, rest: float = 0.2) -> None:
         self.cluster, self.config = cluster, config
         self.path = Path(yaml.safe_load(config.read_text())["output"])
-        self._slow = config.parent / "slow"
+        self._slow, self._hang = config.parent / "slow", config.parent / "hang"
         self._slow.touch()
         paths = ":".join(map(str, (IN_JOBS, runs.ROOT, runs.ROOT / "launcher", runs.ROOT / "kernels")))
-        self._environment = {"PYTHONPATH": paths, "CPT_TEST_SLOW": f"{rest} {self._slow}"}
-        if hang:
-            self._environment["CPT_TEST_HANG"] = f"{hang} {config.parent / 'hung'}"
+        self._environment = {
+            "PYTHONPATH": paths, "CPT_TEST_SLOW": f"{rest} {self._slow}", "CPT_TEST_HANG": str(self._hang),
+        }  # fmt: skip
         told = self.cpt("submit", config, "--tasks-per-node", 1, "--grace", 60, *words)
         self.job = int(re.search(r"job (\d+)", told)[1])
 
@@ -75,6 +73,10 @@ class SubmittedRun:
     def nodes(self) -> list[str]:
         """The nodes of the newest attempt, rank 0's first."""
         return self.events("started")[-1]["nodes"]
+
+    def step(self) -> int:
+        """The newest step that is on disk."""
+        return runs.num_lines(self.path / "metrics.jsonl")
 
     def lost_tokens(self) -> int:
         """Of steps that had to be made again."""
@@ -108,9 +110,12 @@ class SubmittedRun:
         """No rests from now on."""
         self._slow.unlink()
 
-    def dawdle(self) -> None:
-        """Rests again."""
-        self._slow.touch()
+    def let_hang(self, rank: int) -> None:
+        """That rank does not come back from reading the data of its next step."""
+        aside = self._hang.with_suffix(".new")
+        aside.write_text(str(rank))
+        aside.rename(self._hang)
+        self.wait_for(lambda: not self._hang.exists(), f"rank {rank} to hang")
 
     def wait_until_finished(self, seconds: float = SECONDS) -> dict[str, str]:
         """The job, once it is over and the run says that it is finished; fails if the job ends otherwise."""
@@ -124,7 +129,7 @@ class SubmittedRun:
         return job
 
 
-def tell_row(fault: str, injected: str, seen: str, lost_tokens: int, result: str, **seconds: float) -> None:
-    """Print a line of the fault table of docs/CLUSTER.md, with what was measured."""
+def row(fault: str, injected: str, seen: str, lost_tokens: int, result: str, **seconds: float) -> str:
+    """A line of the fault table of docs/CLUSTER.md, with what was measured."""
     measured = ", ".join(f"{name.replace('_', ' ')} {value:.0f} s" for name, value in seconds.items())
-    print(f"\n| {fault} | {injected} | {measured} | {seen} | {lost_tokens:,} | {result} |", flush=True)
+    return f"| {fault} | {injected} | {measured} | {seen} | {lost_tokens:,} | {result} |"

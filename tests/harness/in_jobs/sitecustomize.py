@@ -2,7 +2,7 @@
 
     CPT_TEST_SLOW    `SECONDS FILE`: rest after each step as long as the file is there, so that a run is still going
                      when a fault comes; a rest costs no processor time, which the machines of tests have little of
-    CPT_TEST_HANG    `RANK STEP FILE`: that rank stops reading data before that step, once: if there is no such file
+    CPT_TEST_HANG    a file: the rank whose number stands in it takes it away and stops reading data
 
 A rank has one thread, as in the forked runs that these are compared with: the same sums, bit for bit.
 """
@@ -32,15 +32,12 @@ def slow_down(journal) -> None:
 def hang(loader) -> None:
     if "CPT_TEST_HANG" not in os.environ:
         return
-    rank, step, file = os.environ["CPT_TEST_HANG"].split(maxsplit=2)
+    file = Path(os.environ["CPT_TEST_HANG"])
     batch = loader.Loader.batch
-    calls = 0
 
     def batch_or_hang(self, *words, **named):
-        nonlocal calls
-        calls += 1
-        if os.environ.get("SLURM_PROCID") == rank and calls == int(step) and not Path(file).exists():
-            Path(file).touch()
+        if file.exists() and file.read_text() == os.environ.get("SLURM_PROCID"):
+            file.unlink()
             time.sleep(3600)
         return batch(self, *words, **named)
 

@@ -1,0 +1,127 @@
+"""Fault upon fault, drawn by lot: the run ends as if there had been none, bit for bit, for its mesh never changes.
+
+Two nodes of three, so that one is always left; a limit of six minutes, which comes upon the run by itself.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+from cpt_harness import runs
+from cpt_harness.slurm_cluster import ENDED, SlurmCluster
+from cpt_harness.slurm_runs import SECONDS, SubmittedRun, write_slow_settings
+
+SOAK_SECONDS, SHORT_SECONDS = 20 * 60, 2 * 60
+STEPS, SHORT_STEPS, REST = 2600, 400, 0.5  # longer than the soak: it ends by its tokens, when rests are over
+PAUSE_SECONDS = (2.0, 40.0)  # of undisturbed training before a fault; checkpoints come every five seconds
+SEED = 8
+
+
+class Faults:
+    """What can come upon a run. Each says whether it ends the attempt; None if it could not be made to happen."""
+
+    def __init__(self, cluster: SlurmCluster, run: SubmittedRun, lot: random.Random) -> None:
+        self.cluster, self.run, self.lot = cluster, run, lot
+
+    def all(self) -> list[Callable[[], bool | None]]:
+        return [self.node_crashes, self.node_loses_power, self.link_is_cut, self.link_fails_for_a_moment,
+                self.rank_is_killed, self.rank_is_stopped, self.rank_hangs, self.slurmd_is_killed,
+                self.controller_is_killed, self.job_is_requeued, self.job_is_preempted]  # fmt: skip
+
+    def node_crashes(self) -> bool:
+        self.cluster.crash(self._node())
+        return True
+
+    def node_loses_power(self) -> bool:
+        self.cluster.power_off(self._node())
+        return True
+
+    def link_is_cut(self) -> bool:
+        self.cluster.cut(self._node())
+        return True
+
+    def link_fails_for_a_moment(self) -> bool:
+        node = self._node()
+        self.cluster.cut(node)
+        time.sleep(2)
+        self.cluster.heal(node)
+        return False
+
+    def rank_is_killed(self) -> bool | None:
+        return self._signal(signal.SIGKILL)
+
+    def rank_is_stopped(self) -> bool | None:
+        return self._signal(signal.SIGSTOP)
+
+    def rank_hangs(self) -> bool:
+        self.run.let_hang(self.lot.randrange(2))
+        return True
+
+    def slurmd_is_killed(self) -> bool:
+        node = self._node()
+        self.cluster.kill_slurmd(node)
+        time.sleep(3)
+        self.cluster.start_slurmd(node)
+        return False
+
+    def controller_is_killed(self) -> bool:
+        self.cluster.kill_controller()
+        time.sleep(5)
+        self.cluster.start_controller()
+        return False
+
+    def job_is_requeued(self) -> bool:
+        self.cluster.run("scontrol", "requeue", self.run.job)
+        return True
+
+    def job_is_preempted(self) -> bool:
+        self.cluster.submit("-N3", "--exclusive", "-p", "high", "--wrap", "sleep 3")
+        return True
+
+    def _node(self) -> str:
+        return self.lot.choice(self.run.nodes())
+
+    def _signal(self, number: signal.Signals) -> bool | None:
+        node = self._node()
+        if not self.cluster.processes(node, "launcher/run.py"):
+            return None  # SLURM has taken it away in the meantime
+        self.cluster.signal(node, number, "launcher/run.py")
+        return True
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps"),
+    [(SHORT_SECONDS, SHORT_STEPS), pytest.param(SOAK_SECONDS, STEPS, marks=pytest.mark.long)],
+    ids=["short", "long"],
+)
+def test_a_run_under_a_storm_of_faults_ends_as_if_there_had_been_none(cluster, data, tmp_path, seconds, steps):
+    run = SubmittedRun(
+        cluster, write_slow_settings(data, tmp_path, steps), "--nodes", 2, "--time", "0:06:00", "--restarts", 10,
+        rest=REST,
+    )  # fmt: skip
+    lot, happened = random.Random(SEED), Counter()
+    faults = Faults(cluster, run, lot)
+    run.wait_for_event("training")
+    began = time.monotonic()
+    while time.monotonic() < began + seconds:
+        time.sleep(lot.uniform(*PAUSE_SECONDS))
+        assert cluster.job_state(run.job) not in ENDED, run.log()[-6000:]
+        number = len(run.events("training"))
+        fault = lot.choice(faults.all())
+        ends_attempt = fault()
+        print(f"{time.monotonic() - began:6.0f} s, step {run.step()}: {fault.__name__.replace('_', ' ')}", flush=True)
+        happened[fault.__name__] += ends_attempt is not None
+        if ends_attempt:
+            run.wait_for_event("training", number + 1, 2 * SECONDS)
+            cluster.mend()
+    run.hurry()
+    run.wait_until_finished(2 * SECONDS)
+    print(f"{dict(happened)}; {len(run.events('started'))} starts, {run.lost_tokens():,} tokens made again")
+    again = write_slow_settings(data, tmp_path / "undisturbed", steps)
+    runs.trained(again, ranks=2, seconds=2 * SECONDS)
+    runs.assert_same_but_for_checkpoints(runs.story(run.path), runs.story(tmp_path / "undisturbed" / "run"))
