@@ -11,12 +11,11 @@ stopped and taken up again therefore goes on as if nothing had happened.
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import time
 from collections.abc import Callable
-from functools import partial
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -24,7 +23,7 @@ from torch import nn
 from cpt.checkpoint import Place, RunFolder
 from cpt.config import beside, build
 from cpt.data.check import open_corpora
-from cpt.data.loader import Batch, Loader
+from cpt.data.loader import Loader
 from cpt.data.order import StageOrder
 from cpt.data.share_table import share_table
 from cpt.engine import Engine, StepResult
@@ -35,6 +34,7 @@ from cpt.models.layers.compiled import refuse_broken
 from cpt.models.layers.cutting import built_part
 from cpt.observe.journal import Journal
 from cpt.observe.logs import log_to_file
+from cpt.observe.records import number_or_none
 from cpt.observe.signals import StopRequest, listening_for_stop
 from cpt.observe.speed import find_peak
 from cpt.parallel.mesh import Mesh
@@ -48,6 +48,7 @@ from cpt.run.beginning import TrainingError, open_gate, scores_of_parent, weight
 from cpt.run.kernels import kernels_for
 from cpt.run.opening import prepare_folder, settle_folder, tell_what_was_built
 from cpt.run.raising import with_replay_raised
+from cpt.run.rewinding import NOTHING_DONE, BadSteps
 from cpt.run.saving import Saving
 from cpt.run.scoring import Scoring
 from cpt.run.stages import corpora_of, held_out_of, order_of, refuse_bad_stages
@@ -150,7 +151,9 @@ def train(
         saving = Saving(run.checkpoint, mesh, folder, engine.content, settle)
         saving.warn_of_little_room(run.num_bytes_of_checkpoint)
         scoring = Scoring(run, mesh, folder, engine, journal, held_out)
-        loop = _Loop(run, mesh, folder, engine, journal, scoring, gate, saving, stop, peak.flops * mesh.size, flops)
+        bad_steps = BadSteps(run, mesh, folder, engine, journal, saving)
+        whole_peak = peak.flops * mesh.size
+        loop = _Loop(run, mesh, folder, engine, journal, scoring, gate, saving, bad_steps, stop, whole_peak, flops)
         try:
             if place.progress.step == 0:
                 scoring.before_first_step(gate, scores_above)
@@ -175,22 +178,23 @@ class _Loop:
     scoring: Scoring
     gate: StartGate | None
     saving: Saving
+    bad_steps: BadSteps
     stop: StopRequest
     peak: float
     flops: float
 
     def run_stages(self, place: Place) -> Outcome:
         """The outer loop, from `place` to the end of the run."""
-        if place.progress.step == 0:
-            self._warm(place)
-        else:
-            self._score_at_checkpoint(place)
-            place = with_replay_raised(self.run, self.mesh, self.folder, place)
+        self.bad_steps.save_beginning(place)
+        place = self._take_up(place)
         while place.progress.stage < len(self.run.stages):
+            place = self.bad_steps.enter_stage(place)
             stage, order = self.run.stages[place.progress.stage], order_of(self.run, place)
             self.engine.use_model_settings(self.run.model_of(place.progress.stage))
             with self._open_loader(stage, order, place) as loader:
-                place, was_stopped = self._run_steps(stage, order, loader, place)
+                place, was_stopped, was_rewound = self._run_steps(stage, order, loader, place)
+            if was_rewound:
+                place = self._take_up(place)
             if was_stopped:
                 _log.warning(
                     "asked to stop: saved at step %d; the same command goes on from there", place.progress.step
@@ -207,34 +211,43 @@ class _Loop:
         _log.info("finished at step %d: %s", place.progress.step, self.folder.path)
         return Outcome(self.folder.path, place.progress.step, asked=self.stop.signal)
 
-    def _run_steps(self, stage: Stage, order: StageOrder, loader: Loader, place: Place) -> tuple[Place, bool]:
-        """The inner loop: steps of `stage` from `place` on, until it ends or replay's share in it is changed.
+    def _run_steps(self, stage: Stage, order: StageOrder, loader: Loader, place: Place) -> tuple[Place, bool, bool]:
+        """The inner loop: steps of `stage` from `place` on, until it ends or its order goes on in another way.
 
-        The place after them; whether a signal ended them.
+        The place after them; whether a signal ended them; whether a rewind did, and the place is that of a checkpoint.
         """
-        run, changes = self.run, place.share_changes
+        run, judge, before = self.run, self.bad_steps.judge, (place.share_changes, place.skipped)
         schedule = build(stage.schedule, "Schedule", stage.total_tokens, place.rate_before_stage)
         is_last, alive, computing = False, self.mesh.watch.alive, FIRST_STEP
         while not is_last:
             started, progress = time.perf_counter(), place.progress
             first_slot, num_windows = progress.stage_tokens // run.sequence_length, run.windows_at(stage, progress)
-            seed_step(run.seed, progress.step, self.mesh.data_rank)
+            rate, result, why_skipped, trained_on = schedule.rate(progress), NOTHING_DONE, "", []
             alive(LOADING, progress.step + 1)
-            batch = loader.batch(first_slot, num_windows)
-            rate = schedule.rate(progress)
-            is_asked = self.stop.is_asked()
-            alive(computing)
-            result = self.engine.step(
-                batch.tokens, batch.sources, len(order.source_names), rate, progress, is_asked, batch.starts,
-                self.saving.is_asked_by_clock(),
-            )  # fmt: skip
-            if result.skipped or not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-                self._refuse_to_go_on(progress, order, batch, result)
-            computing = COMPUTING
+            if order.skipped_in(first_slot, num_windows):
+                place, why_skipped = self.bad_steps.pass_over(place, order, first_slot, num_windows)
+            else:
+                seed_step(run.seed, progress.step, self.mesh.data_rank)
+                batch = loader.batch(first_slot, num_windows)
+                is_asked = self.stop.is_asked()
+                alive(computing)
+                result = self.engine.step(
+                    batch.tokens, batch.sources, len(order.source_names), rate, progress, is_asked, batch.starts,
+                    self.saving.is_asked_by_clock(), judge.before_update,
+                )  # fmt: skip
+                if bad := judge.found(result.loss, result.grad_norm, result.skipped):
+                    alive(SAVING)
+                    seconds, why_skipped = time.perf_counter() - started, bad.reason
+                    place, is_back = self.bad_steps.deal_with(bad, place, order, batch, result, seconds)
+                    if is_back:
+                        return place, False, True
+                else:
+                    judge.learn(result.loss)
+                    trained_on = order.identities(batch.windows)
+                computing = COMPUTING
             self.saving.poll()
-            chained = chain.lengthen(place.chain, order.identities(batch.windows))
-            place = place.after_step(num_windows * run.sequence_length, rate, chained)
-            self._record(stage, order, place, result, time.perf_counter() - started)
+            place = place.after_step(num_windows * run.sequence_length, rate, chain.lengthen(place.chain, trained_on))
+            self._record(stage, order, place, result, time.perf_counter() - started, why_skipped)
             if self.gate and (fault := self.gate.fault_after(place.progress.step)):
                 raise TrainingError(fault)
             self._refuse_differing_copies(place.progress)
@@ -246,6 +259,8 @@ class _Loop:
             if not result.stop_asked and self.scoring.is_due(place.progress, is_last):
                 place, has_forgotten = self.scoring.after_step(place, stage.name, is_last)
                 place = place if is_last else with_replay_raised(run, self.mesh, self.folder, place)
+            if place.skipped != before[1]:
+                order = order_of(run, place)  # which knows of it
             ledger = place.recorded_in(order.ledger_after(first_slot + num_windows))
             if is_last:
                 place = place.at_next_stage(ledger)
@@ -260,10 +275,18 @@ class _Loop:
             if has_forgotten:
                 self.scoring.refuse_what_was_forgotten(place.progress.step)
             if result.stop_asked and place.progress.stage < len(run.stages):
-                return place, True
-            if place.share_changes != changes:
+                return place, True, False
+            if (place.share_changes, place.skipped) != before:
                 break  # the order goes on in another way
-        return place, False
+        return place, False, False
+
+    def _take_up(self, place: Place) -> Place:
+        """What comes before the next step at the beginning or a checkpoint: the place, as it goes on from there."""
+        if place.progress.step == 0:
+            self._warm(place)
+            return place
+        self._score_at_checkpoint(place)
+        return with_replay_raised(self.run, self.mesh, self.folder, place)
 
     def _score_at_checkpoint(self, place: Place) -> None:
         """Score what was left out at the checkpoint there; what `stop_if` says is saved before it ends the run."""
@@ -282,7 +305,7 @@ class _Loop:
         if every and progress.step % every == 0 and (names := self.engine.differing_copies()):
             raise TrainingError(
                 f"after step {progress.step} the copies of {', '.join(names[:3])} differ between ranks: a machine "
-                f"computes wrongly, or a sum between ranks does. {self._way_on()}",
+                f"computes wrongly, or a sum between ranks does. {self.saving.way_on()}",
                 is_final=False,
             )
 
@@ -316,57 +339,32 @@ class _Loop:
             vocabulary=self.run.model.vocabulary,
         )
 
-    def _record(self, stage: Stage, order: StageOrder, place: Place, result: StepResult, seconds: float) -> None:
+    def _record(
+        self, stage: Stage, order: StageOrder, place: Place, result: StepResult, seconds: float, why_skipped: str
+    ) -> None:
         progress, num_tokens = place.progress, place.progress.step_tokens
-        names = order.source_names
+        names, is_done = order.source_names, result is not NOTHING_DONE
+        speed, num_bad = (num_tokens / seconds if is_done else 0.0), self.bad_steps.num_known(place)
         record = {
             "step": progress.step,
             "tokens": progress.tokens,
             "stage": stage.name,
-            "loss": result.loss,
-            "loss_by_source": {names[index]: loss for index, loss in result.loss_by_source.items()},
+            "loss": number_or_none(result.loss),
+            "loss_by_source": {names[index]: number_or_none(loss) for index, loss in result.loss_by_source.items()},
             "learning_rate": place.rate,
             "s1": place.areas.forward,
             "s2": place.areas.annealing,
-            "grad_norm": result.grad_norm,
+            "grad_norm": number_or_none(result.grad_norm),
             "step_seconds": round(seconds, 6),
-            "tokens_per_second": round(num_tokens / seconds, 1),
-            "mfu": round(num_tokens / seconds * self.flops / self.peak, 6),
-            "skipped": 0,  # a step that was not made ends the run
-            **self.engine.report(),
+            "tokens_per_second": round(speed, 1),
+            "mfu": round(speed * self.flops / self.peak, 6),
+            "skipped": int(bool(why_skipped)),
+            **({"why_skipped": why_skipped} if why_skipped else {}),
+            **({"bad_steps": num_bad} if num_bad else {}),
+            **({} if why_skipped else self.engine.report()),
             **self.saving.news(),
         }
         self.journal.step(record, num_tokens)
         self.journal.order(
             {"step": progress.step, "windows": progress.tokens // self.run.sequence_length, "chain": place.chain}
-        )
-
-    def _way_on(self) -> str:
-        """What a user can do after a step that was not finite."""
-        self.saving.wait()  # the checkpoint that is named below may still be on its way
-        latest = self.folder.checkpoints / "latest"
-        if not latest.is_file():
-            return "Nothing was saved before; begin again in another output, with a lower learning rate"
-        step = int(latest.read_text(encoding="utf-8").strip().removeprefix("step-"))
-        parent = f"parent: {{run: {self.folder.path}, at: {step}}}"
-        return (
-            f"The checkpoint at step {step} is whole; go on from it in a child run with a lower learning rate: {parent}"
-        )
-
-    def _refuse_to_go_on(self, progress: Progress, order: StageOrder, batch: Batch, result: StepResult) -> None:
-        name = f"nonfinite-step-{progress.step + 1:08d}.json"
-        if self.mesh.is_first:
-            windows = [
-                {"source": order.source_names[stream], "first_token": first}
-                for stream, first in zip(batch.windows.stream.tolist(), batch.windows.first_token.tolist(), strict=True)
-            ]
-            found = {"step": progress.step + 1, "loss": str(result.loss), "grad_norm": str(result.grad_norm)}
-            try:
-                self.folder.write_json(name, {**found, "windows": windows})
-            except OSError as error:  # the others wait for this rank below, and why the run ends must be told
-                _log.error("%s cannot be written: %s; its windows: %s", name, error.strerror, windows)
-        was_made = "the update was left out" if result.skipped else "the update was made"
-        raise TrainingError(
-            f"step {progress.step + 1}: loss {result.loss}, gradient norm {result.grad_norm}: not finite; {was_made} "
-            f"and the run ends. Its windows stand in {self.folder.path / name}. {self._way_on()}"
         )

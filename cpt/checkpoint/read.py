@@ -143,15 +143,16 @@ class Checkpoint:
 
 
 def find_checkpoint(
-    checkpoints: Path, at: str | int = "latest", check: bool = True, mesh: Mesh = ALONE
+    checkpoints: Path, at: str | int = "latest", check: bool = True, mesh: Mesh = ALONE, up_to: int | None = None
 ) -> Checkpoint | None:
     """The checkpoint that `at` names: a step, or the newest one that is whole; the same on all ranks; all call it.
 
     The first rank says which there are; each rank looks through some of the files. A damaged one is told loudly and the
     one before it is taken. None if the folder holds none at all. Raises Fault on all ranks if that step is not there or
-    is damaged, or if every checkpoint is.
+    is damaged, or if every checkpoint is. `up_to`: as if those of later steps were not there.
     """
     there = mesh.from_first([int(folder.name.removeprefix("step-")) for folder in checkpoint_folders(checkpoints)])
+    there = [step for step in there if up_to is None or step <= up_to]
     if at != "latest" and int(at) not in there:
         told = ", ".join(map(str, there)) or "none"
         raise Fault(f"{checkpoints}: there is no checkpoint at step {at}; there are: {told}")

@@ -15,7 +15,7 @@ from typing import Any
 
 from cpt.checkpoint.keep import superseded
 from cpt.checkpoint.read import Checkpoint, find_checkpoint
-from cpt.checkpoint.write import checkpoint_folders, set_latest, step_folder
+from cpt.checkpoint.write import checkpoint_folders, set_latest, step_folder, step_of
 from cpt.config import Fault, write_in_place
 from cpt.parallel.mesh import ALONE, Mesh
 from cpt.parallel.together import together
@@ -125,6 +125,13 @@ class RunFolder:
                 shutil.rmtree(folder)
             except OSError as error:
                 _log.warning("%s cannot be removed: %s", error.filename or folder, error.strerror)
+
+    def forget_after(self, checkpoint: Path) -> None:
+        """Let `latest` name `checkpoint`, and remove those of later steps; raises OSError if that cannot be done."""
+        for folder in checkpoint_folders(self.checkpoints):
+            if step_of(folder) > step_of(checkpoint):
+                shutil.rmtree(folder)
+        set_latest(self.checkpoints, checkpoint)
 
     def checkpoint_at(self, step: int) -> Path:
         """Where the checkpoint after `step` steps lies, or will lie."""

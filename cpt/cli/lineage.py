@@ -98,6 +98,11 @@ def _ledger_lines(path: Path) -> list[str]:
         f"{change.source} had lost {change.forgetting:.4f} nats a token"
         for change in ledger.share_changes
     ]
+    lines += [
+        f"{one.number:,} windows of stage {one.stage} from window {one.window:,} on: nothing is learned from them: "
+        f"{one.reason}, at step {one.step:,}"
+        for one in ledger.skipped
+    ]
     return lines + [
         f"stop_if ended a run after its step {stop.step:,}, in stage {stop.stage}: "
         f"{stop.source} had lost {stop.forgetting:.4f} nats a token, {stop.above:g} was allowed"

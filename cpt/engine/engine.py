@@ -332,8 +332,7 @@ class Engine:
                 state[kind.removeprefix(prefix)] = [
                     piece.take(partial(checkpoint.read, kind)).to(piece.values.device) for piece in self.masters.pieces
                 ]
-        if state:
-            method.load_state_dict(state)
+        method.load_state_dict(state)
 
     def _update_between_seams(self, *arguments: Any, **named: Any) -> None:
         if self._loss_scale and self._engine.optimizer.has_overflow():

@@ -90,4 +90,7 @@ class Seams:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave, on this or another mesh."""
+        """Take back what `state_dict` gave, on this or another mesh; nothing, if it was saved before there was any.
+
+        What the method has kept since it gave that is forgotten: a run may go back.
+        """

@@ -84,9 +84,7 @@ class Method(Seams):
 
     def end_stage(self, masters: Masters, progress: Progress) -> bool:
         """The next stage has a teacher of its own."""
-        self._start = self._teacher = None
-        if self._mesh.is_last_part:
-            self._model.head.beside = None
+        self._dismiss_teacher()
         return False
 
     def report(self) -> dict[str, float]:
@@ -105,7 +103,13 @@ class Method(Seams):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back the teacher; the copy that computes is made before the next batch."""
-        self._start, self._teacher = state["start"], None
+        self._dismiss_teacher()
+        self._start = state.get("start")
+
+    def _dismiss_teacher(self) -> None:
+        self._start = self._teacher = None
+        if self._mesh.is_last_part:
+            self._model.head.beside = None
 
     def _remember_inputs(self, model: nn.Module, inputs: tuple, named: dict[str, Any]) -> tuple | None:
         """What the teacher is to be given as well; of what the part before sent, the model gets its own."""

@@ -67,4 +67,4 @@ class Method(Seams):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back the start."""
-        self._start = state["start"]
+        self._start = state.get("start")

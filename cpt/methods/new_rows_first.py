@@ -87,7 +87,8 @@ class Method(Seams):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back the count."""
-        self._updates_before = int(state["updates_before"])
+        before = state.get("updates_before")
+        self._updates_before, self._waiting = None if before is None else int(before), None
 
     def _remembered(self, piece: Piece) -> _Waiting:
         number = self._num_waiting(piece)

@@ -147,6 +147,7 @@ class Method(Seams):
         self._updates_since, self._num_windows = int(state.get("updates_since", 0)), int(state.get("num_windows", 0))
         anchors = state.get("anchor")
         self._anchor = None if anchors is None else [self._kept(anchor) for anchor in anchors]
+        self._velocity = None
         if self.settings.momentum and self._anchor is not None:
             velocity = state.get("velocity") or [torch.zeros_like(anchor) for anchor in self._anchor]
             self._velocity = [self._kept(part) for part in velocity]

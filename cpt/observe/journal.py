@@ -30,25 +30,47 @@ class Journal:
     def __init__(
         self, folder: Path, is_first: bool, keep_until_step: int, total_tokens: int, tokens_done: int, every_steps: int
     ) -> None:
-        self._files = {}
+        self._folder, self._files = folder, {}
         self._every_steps = every_steps
         self._total_tokens = total_tokens
         self._has_bar = is_first and sys.stderr.isatty()
+        self._scored: set[tuple[int, str]] = set()
         if is_first:
-            self._files = {n: Records(folder / f"{n}.jsonl", keep_until_step) for n in ("metrics", "scores", "order")}
+            self._open(keep_until_step)
             self._note_lost_work(folder)
-        self._scored = {(r["step"], r["source"]) for r in self._files["scores"].kept} if is_first else set()
         self._bar = tqdm(
             total=total_tokens, initial=tokens_done, unit="tok", unit_scale=True, disable=not self._has_bar, leave=False
         )
 
+    def _open(self, keep_until_step: int) -> None:
+        names = ("metrics", "scores", "order")
+        self._files = {name: Records(self._folder / f"{name}.jsonl", keep_until_step) for name in names}
+        self._scored = {(record["step"], record["source"]) for record in self._files["scores"].kept}
+
     def _note_lost_work(self, folder: Path) -> None:
         """Note which steps and evaluations of the attempt before are made again; nothing if none are."""
         steps, scores = self._files["metrics"].dropped, self._files["scores"].dropped
-        if not steps and not scores:
-            return
-        seconds = sum(record.get(part, 0.0) for record in [*steps, *scores] for part in _SECONDS)
-        note_attempt(folder, "resumed_over", steps=len(steps), seconds=round(seconds, 3))
+        if steps or scores:
+            note_attempt(folder, "resumed_over", steps=len(steps), seconds=round(self._lost_seconds(), 3))
+
+    def _lost_seconds(self) -> float:
+        """What the dropped lines stand for."""
+        dropped = [*self._files["metrics"].dropped, *self._files["scores"].dropped]
+        return sum(record.get(part, 0.0) for record in dropped for part in _SECONDS)
+
+    def rewind(self, step: int, tokens: int) -> float:
+        """Drop the lines after `step`, where `tokens` were done; how many seconds of work they told of.
+
+        Raises OSError if the disk does not take what stays.
+        """
+        if not self._files:
+            return 0.0
+        for file in self._files.values():
+            file.close()
+        self._open(step)
+        self._bar.n = tokens
+        self._bar.refresh()
+        return self._lost_seconds()
 
     def has_scored(self, step: int, source: str) -> bool:
         """Whether the score of a source at that step stands in `scores.jsonl`; False on all but the first rank."""
@@ -65,7 +87,8 @@ class Journal:
             return
         self._files["metrics"].write(record)
         self._bar.update(num_tokens)
-        self._bar.set_postfix_str(f"loss {record['loss']:.3f} lr {record['learning_rate']:.2e}", refresh=False)
+        loss = _number(record["loss"], ".3f")
+        self._bar.set_postfix_str(f"loss {loss} lr {record['learning_rate']:.2e}", refresh=False)
         shown = not self._has_bar and record["step"] % self._every_steps == 0
         _log.log(logging.INFO if shown else logging.DEBUG, "%s", self._step_line(record))
 
@@ -92,14 +115,21 @@ class Journal:
             file.close()
 
     def _step_line(self, record: dict[str, Any]) -> str:
-        by_source = " ".join(f"{name}={loss:.4f}" for name, loss in record["loss_by_source"].items())
+        by_source = " ".join(f"{name}={_number(loss, '.4f')}" for name, loss in record["loss_by_source"].items())
         # A speed of 0.0 is one below 0.05, rounded.
         left = (self._total_tokens - record["tokens"]) / max(record["tokens_per_second"], 0.05)
+        told = "-" if record.get("skipped") else as_duration(left)
         return (
             f"step={record['step']} tokens={record['tokens']}/{self._total_tokens} stage={record['stage']} "
-            f"loss={record['loss']:.4f} {by_source} lr={record['learning_rate']:.3e} norm={record['grad_norm']:.3f} "
-            f"tok/s={record['tokens_per_second']:.0f} mfu={record['mfu']:.1%} left={as_duration(left)}"
+            f"loss={_number(record['loss'], '.4f')} {by_source} lr={record['learning_rate']:.3e} "
+            f"norm={_number(record['grad_norm'], '.3f')} {'skipped ' if record.get('skipped') else ''}"
+            f"tok/s={record['tokens_per_second']:.0f} mfu={record['mfu']:.1%} left={told}"
         )
+
+
+def _number(value: float | None, digits: str) -> str:
+    """`-` for what is none: a step that was skipped may have no loss."""
+    return "-" if value is None else format(value, digits)
 
 
 def _more_or_less(score: dict[str, Any]) -> str:

@@ -101,5 +101,10 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+def number_or_none(value: float) -> float | None:
+    """As JSON knows it: None for what is not finite."""
+    return value if math.isfinite(value) else None
+
+
 def _as_line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"

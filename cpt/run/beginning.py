@@ -24,6 +24,7 @@ from cpt.models.growth import GrownWeights
 from cpt.observe.records import read_records
 from cpt.parallel.mesh import ALONE, Mesh
 from cpt.parallel.together import alike, together
+from cpt.run.passed_over import of_stage, read_passed_over
 from cpt.run.reading import differences, in_full
 from cpt.run.settings import Run
 
@@ -100,6 +101,8 @@ def place_of_child(run: Run, state: dict[str, Any]) -> Place:
     above = Place.from_json(state)
     stages = plain["stages"]
     told = stages[min(above.progress.stage, len(stages) - 1)]
+    if above.progress.stage < len(stages):
+        above = above.with_skipped(*of_stage(read_passed_over(run.parent.run), told["name"]))
     pairs = {
         "seed": (here["seed"], plain["seed"]),
         "sequence_length": (here["sequence_length"], plain["sequence_length"]),

@@ -59,6 +59,7 @@ FREE_TO_CHANGE = (
     "kernels",
     "evaluation",
     "stop_if",
+    "bad_steps",
     "checkpoint",
     "loader",
     "log",

@@ -81,6 +81,18 @@ class Saving:
         """Return when no save is on its way."""
         self._tell(self._saver.wait())
 
+    def way_on(self) -> str:
+        """What a user can do after a step that the run does not get over."""
+        self.wait()  # the checkpoint that is named below may still be on its way
+        latest = self._folder.checkpoints / "latest"
+        if not latest.is_file():
+            return "Nothing was saved before; begin again in another output, with a lower learning rate"
+        step = int(latest.read_text(encoding="utf-8").strip().removeprefix("step-"))
+        parent = f"parent: {{run: {self._folder.path}, at: {step}}}"
+        return (
+            f"The checkpoint at step {step} is whole; go on from it in a child run with a lower learning rate: {parent}"
+        )
+
     def news(self) -> dict[str, int | float]:
         """For the next line of `metrics.jsonl`: how long saves have held up training since the last one, if they did;
         how many have failed, if that has become more.
@@ -153,6 +165,8 @@ class Saving:
         mark = keep.TEMPORARY if is_temporary else keep.FOR_EVER if self._is_for_ever(place.progress) else None
         content = self._content(keep.marked(place.as_json(ledger), mark))
         target = self._folder.checkpoint_at(place.progress.step)
+        if self._mesh.is_first and self._has_saved and self._folder.is_run and not self._folder.checkpoints.is_dir():
+            _log.warning("%s was deleted, and all that was saved: saving anew", self._folder.checkpoints)
         then, before = (lambda: self.settle(place, ledger)), self._settle_lines
         return self._saver.begin(target, content, then, copies=copies, before=before)
 
@@ -164,9 +178,8 @@ class Saving:
         if ended is None:
             return None
         if ended.failure is None:
+            self._num_in_a_row, self._has_saved = 0, True
             _log.info("saved %s in %.1f s", ended.folder, ended.seconds)
-        if self._mesh.is_first and self._has_saved and self._folder.is_run and not self._folder.checkpoints.is_dir():
-            _log.warning("%s was deleted, and all that was saved: saving anew", self._folder.checkpoints)
             return None
         self._num_failed += 1
         self._num_in_a_row += 1
@@ -175,9 +188,8 @@ class Saving:
             told = f"{ended.folder} is written, but latest, older checkpoints or ledger.json are not: {ended.failure}"
         if self._mesh.is_first:
             _log.error("%s", told)
-        return told
-            self._num_in_a_row, self._has_saved = 0, True
         self._last_failure = told
+        return told
 
     def _standing(self) -> str:
         """Which checkpoint there is to go on from."""

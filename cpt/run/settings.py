@@ -28,6 +28,7 @@ from cpt.models.layers.parting import blocks_of_parts, faults_of_parts, ranges_o
 from cpt.models.layers.sharing import faults_of_sharing
 from cpt.parallel import health, mesh, watch
 from cpt.progress import Progress
+from cpt.run import bad_steps
 from cpt.run.batch_warmup import BatchWarmup
 from cpt_kernels import switch
 
@@ -166,6 +167,7 @@ class Run:
     evaluation: held_out.Settings = field(default_factory=held_out.Settings)
     stop_if: guard.Settings = field(default_factory=guard.Settings)
     raise_replay: raise_replay.Settings = field(default_factory=raise_replay.Settings)
+    bad_steps: bad_steps.Settings = field(default_factory=bad_steps.Settings)
     checkpoint: checkpoint_settings.Settings = field(default_factory=checkpoint_settings.Settings)
     loader: loader.Settings = field(default_factory=loader.Settings)
     log: Log = field(default_factory=Log)

@@ -86,6 +86,29 @@ def test_work_that_is_dropped_on_going_on_is_noted_with_its_seconds(tmp_path):
     assert len(read_attempts(tmp_path)) == 1
 
 
+def test_going_back_drops_lines_and_scores_and_says_what_they_took(tmp_path):
+    journal = journal_in(tmp_path)
+    for step in (1, 2, 3):
+        journal.step({**STEP, "step": step, "step_seconds": 2.0}, 100)
+        journal.order({"step": step, "chain": "0"})
+        journal.scores([{**SCORES[0], "step": step, "evaluation_seconds": 0.25}])
+    assert journal.rewind(1, 100) == 4.5
+    journal.step({**STEP, "step": 2}, 100)
+    journal.close()
+    assert [journal.has_scored(step, "prose") for step in (1, 2, 3)] == [True, False, False]
+    names = ("metrics", "scores", "order")
+    found = {name: [line["step"] for line in read_records(tmp_path / f"{name}.jsonl")] for name in names}
+    assert found == {"metrics": [1, 2], "scores": [1], "order": [1]}
+
+
+def test_a_step_that_was_skipped_is_told_without_numbers_that_it_has_not(tmp_path, caplog):
+    with caplog.at_level(logging.DEBUG, "cpt"):
+        skipped = {"loss": None, "grad_norm": None, "loss_by_source": {"prose": None}, "skipped": 1}
+        journal_in(tmp_path).step({**STEP, **skipped, "tokens_per_second": 0.0}, 100)
+    assert "loss=- prose=- " in caplog.messages[0] and "norm=- skipped tok/s=0 " in caplog.messages[0]
+    assert caplog.messages[0].endswith("left=-")
+
+
 def test_other_ranks_write_and_tell_nothing(tmp_path, caplog):
     journal = journal_in(tmp_path, is_first=False)
     with caplog.at_level(logging.DEBUG, "cpt"):

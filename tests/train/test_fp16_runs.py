@@ -65,7 +65,7 @@ def test_gradients_that_are_never_finite_end_the_run_and_the_windows_are_named(b
     words = [base.parent / "base.yaml", f"output={run}", "precision=fp16", "loss_scale.initial=256"]
     ((status, told),) = runs.cpt("train", *words, before=poison)
     assert status == 1 and "step 7" in told.splitlines()[-1] and "not finite" in told.splitlines()[-1]
-    found = json.loads((run / "nonfinite-step-00000007.json").read_text())
+    found = json.loads((run / "autopsy" / "step-00000007.json").read_text())
     assert found["step"] == 7 and len(found["windows"]) == runs.WINDOWS
 
 

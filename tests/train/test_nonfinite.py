@@ -59,8 +59,8 @@ def assert_ended_loudly(ended: list[tuple[int, str]], run: Path, *told: str) -> 
     for part in told:
         assert part in last_line
     assert "Traceback" not in ended[0][1] and all("step 7" not in other for _, other in ended[1:])
-    found = json.loads((run / "nonfinite-step-00000007.json").read_text())
-    assert found["step"] == 7 and len(found["windows"]) == runs.WINDOWS
+    found = json.loads((run / "autopsy" / "step-00000007.json").read_text())
+    assert found["step"] == 7 and found["policy"] == "stop" and len(found["windows"]) == runs.WINDOWS
     assert all(window["source"] == "prose" and window["first_token"] >= 0 for window in found["windows"])
     assert [record["step"] for record in runs.lines(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert RunFolder(run).latest().state["progress"]["step"] == 5
