@@ -126,8 +126,8 @@ def train(
     # No earlier: a parent that does not fit leaves nothing behind.
     with (
         folder.taken(mesh),
-        attempt(folder.path, mesh, place.progress.step, job) as this_attempt,
         listening_for_stop(why_orphaned, folder.path / "stop" if mesh.is_first else None) as stop,
+        attempt(folder.path, mesh, place.progress.step, job) as this_attempt,
     ):
         with together(mesh):
             if mesh.is_first:

@@ -11,8 +11,11 @@ import ast
 import importlib
 import os
 import select
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from cpt import __version__
@@ -27,6 +30,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character gets a stand-in
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    os.umask(os.umask(0o022) | 0o022)  # what is written is for nobody else to change, whatever a shell allows
     try:
         status = _status_of(list(sys.argv[1:] if words is None else words))
         sys.stdout.flush()
@@ -47,7 +51,8 @@ def _status_of(words: list[str]) -> int:
     if words[0] not in commands:
         print(f"cpt: {words[0]}: there is no such command; {nearest(words[0], commands)}", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"cpt.cli.{commands[words[0]]}")
+    with _ending_at_control_c():
+        module = importlib.import_module(f"cpt.cli.{commands[words[0]]}")
     parser = argparse.ArgumentParser(
         prog=f"cpt {words[0]}",
         description=(module.__doc__ or "").strip(),
@@ -81,6 +86,20 @@ def _told(command: str, run, arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"cpt {command}: stopped", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _ending_at_control_c() -> Iterator[None]:
+    """Inside Ctrl-C ends the process silently: imports take seconds, and would show where they were."""
+    handler = signal.getsignal(signal.SIGINT)
+    is_ours = handler is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if is_ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, handler)
 
 
 def _reader_has_gone() -> bool:

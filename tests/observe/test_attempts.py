@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 
-from cpt.observe.attempts import ATTEMPTS, note_attempt, read_attempts
+from cpt.observe.attempts import ATTEMPTS, note_attempt, note_end, read_attempts
 
 
 def test_events_come_back_in_their_order(tmp_path):
@@ -41,3 +41,26 @@ def test_many_processes_tear_no_line(tmp_path):
         process.join()
     found = {(event["process"], event["index"]) for event in read_attempts(tmp_path)}
     assert found == {(number, index) for number in range(4) for index in range(100)}
+
+
+def _note_end(folder, number):
+    note_end(folder, how="failed", rank=number)
+
+
+def test_ranks_that_find_together_that_it_is_over_tell_it_once(tmp_path):
+    note_attempt(tmp_path, "started")
+    processes = [multiprocessing.Process(target=_note_end, args=(tmp_path, number)) for number in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [event["event"] for event in read_attempts(tmp_path)] == ["started", "ended"]
+    note_attempt(tmp_path, "restarting")
+    note_attempt(tmp_path, "started")
+    assert note_end(tmp_path, how="finished")
+    assert not note_end(tmp_path, how="failed")
+
+
+def test_what_never_started_does_not_end(tmp_path):
+    assert not note_end(tmp_path, how="failed")
+    assert read_attempts(tmp_path) == []

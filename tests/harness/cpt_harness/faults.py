@@ -66,6 +66,8 @@ def started(
 ) -> Iterator[Ranks]:
     """`cpt train WORDS` on that many ranks; they are killed afterwards. `before(rank)` is called in each."""
     port = pick_free_port()
+    for rank in range(number):
+        (folder / f"told-{rank}").touch()
     pids = [_fork([str(word) for word in words], rank, number, port, folder, before) for rank in range(number)]
     here = Ranks(pids, folder)
     try:
@@ -97,6 +99,8 @@ def _fork(words: list[str], rank: int, number: int, port: int, folder: Path, bef
         mesh.threads_for = lambda local_size: 1
         before(rank)
         status = main(["train", *words])
+    except KeyboardInterrupt:
+        status = 130
     except BaseException:
         sys.excepthook(*sys.exc_info())
         status = 1
