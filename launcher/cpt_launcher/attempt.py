@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import psutil
 
@@ -89,14 +88,6 @@ class Attempt:
             time.sleep(_LOOK_SECONDS)
         _bury()
         return told
-
-
-def newest_step(run: Path) -> int:
-    """The step of the checkpoint that the run would go on from, by its name alone; 0 if there is none."""
-    try:
-        return int((run / "checkpoints" / "latest").read_text(encoding="utf-8").strip().removeprefix("step-"))
-    except (OSError, ValueError):
-        return 0
 
 
 def _adopt_orphans() -> None:

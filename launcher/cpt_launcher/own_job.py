@@ -76,13 +76,25 @@ class OwnJob:
                 _log.warning("%s", error)
 
     def wait_for_steps(self, but: set[str], until: float) -> None:
-        """Return when no step is left `but` those; what is left at the time `until` (monotonic) is killed."""
+        """Return when no step is left `but` those; what is left at the time `until` (monotonic) is killed.
+
+        A job that SLURM is about to end is left to it: the step of a dead node is there until the batch script ends.
+        """
         while steps := self.steps() - but:
+            if self._is_being_ended():
+                return None
             if time.monotonic() > until:
                 _log.warning("left behind by srun, and killed: step(s) %s", ", ".join(sorted(steps)))
                 return self.kill_steps(steps)
             time.sleep(1.0)
         return None
+
+    def _is_being_ended(self) -> bool:
+        try:
+            found = slurm.find_job(self.name)
+        except slurm.SlurmError:
+            return False
+        return found is None or found.state != "RUNNING"
 
     def cancel_chain(self, chains: Sequence[Sequence[str]]) -> None:
         """Cancel the waiting jobs of the one of `chains` that this job belongs to: there is nothing left for them."""

@@ -16,9 +16,8 @@ from cpt.config import Fault, read_mapping
 from cpt.observe.attempts import read_attempts
 from cpt.run import run_of
 from cpt_launcher import slurm
-from cpt_launcher.attempt import newest_step
+from cpt_launcher.run_folders import FINISHED_FILE, STOP_FILE, newest_step
 from cpt_launcher.state_of_run import Facts, newest_attempt, num_failures, where
-from cpt_launcher.verdict import FINISHED_FILE, STOP_FILE
 
 _RECENT_STEPS = 20  # of which the speed is told
 _TAIL_BYTES = 1 << 18

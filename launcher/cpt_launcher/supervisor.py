@@ -18,29 +18,22 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cpt.observe.attempts import note_attempt, read_attempts
-from cpt_launcher.attempt import Attempt, newest_step
+from cpt.observe.attempts import FINISHED, note_attempt
+from cpt_launcher.attempt import Attempt
 from cpt_launcher.environment import keep_environment
 from cpt_launcher.own_job import OwnJob
-from cpt_launcher.verdict import (
-    CANNOT_WORK,
-    FINISHED_FILE,
-    STOP_FILE,
-    Limits,
-    Tries,
-    Verdict,
-    tries_without_progress,
-    verdict_of,
-)
+from cpt_launcher.run_folders import STOP_FILE, RunFolders
+from cpt_launcher.verdict import CANNOT_WORK, Limits, Tries, Verdict, tries_without_progress, verdict_of
 
 _log = logging.getLogger("cpt.supervisor")  # of the tree that log_to_terminal shows
 
 _LOOK_SECONDS = 0.2
+_END_SECONDS = 30.0  # from the run's last word to the end of its processes, and of what started them
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
@@ -59,13 +52,14 @@ class Supervisor:
         environment: Mapping[str, str],
         may_requeue: bool = True,
     ) -> None:
-        self._runs, self._run = list(runs), runs[0]
+        self._runs, self._run = RunFolders(runs), runs[0]
         self._command, self._limits, self._grace = list(command), limits, grace
         self._environment = environment
         self._job = OwnJob(environment)
         self._may_requeue = may_requeue and self._job.name is not None
         # Tries are counted over the requeues of a job; who starts a supervisor again by hand begins to count anew.
         self._by = f"job {self._job.name}" if self._job.name else f"process {os.getpid()} at {time.time():.0f}"
+        self._next_look = 0.0
         self._asked: int | None = None  # the number of the signal that asked to stop
         self._is_asked_by_file = False
 
@@ -74,8 +68,8 @@ class Supervisor:
         self._run.mkdir(parents=True, exist_ok=True)
         with self._listening():
             self._keep_environment()
-            self._remove_stop_file()  # an old one
-            while not self._is_finished():
+            self._runs.remove_stop_file()  # an old one
+            while not self._runs.are_finished():
                 verdict = Verdict("stopped", "asked to stop before the start", self._asked)
                 if not self._is_asked():
                     verdict = self._try_once()
@@ -92,62 +86,68 @@ class Supervisor:
 
     def _try_once(self) -> Verdict:
         """Start the command and wait for its end; what it came to."""
-        self._note("launched", step=self._newest_step(), by=self._by, job=self._job.name)
-        told_before = [len(read_attempts(run)) for run in self._runs]
-        steps_before = self._job.steps()
+        self._note("launched", step=self._runs.newest_step(), by=self._by, job=self._job.name)
+        told_before, steps_before = self._runs.num_told(), self._job.steps()
         attempt = Attempt(self._command)
         asked_at, was_killed = None, False
         while (status := attempt.status()) is None:
             if self._is_asked():
                 asked_at = asked_at or self._ask_to_stop(attempt)
-                self._put_stop_file()  # again and again: ranks that are just starting take it for an old one
-                if not was_killed and time.monotonic() - asked_at > self._grace:
-                    _log.error("not ended %.0f s after the request to stop: killed", self._grace)
-                    was_killed = True
-                    self._job.kill_steps(self._job.steps() - steps_before)
-                    attempt.kill()
+                self._runs.put_stop_file()  # again and again: ranks that are just starting take it for an old one
+            if not was_killed and (why := self._why_too_late(asked_at, told_before)):
+                _log.error("%s: killed", why)
+                was_killed = True
+                self._job.kill_steps(self._job.steps() - steps_before)
+                attempt.kill()
             time.sleep(_LOOK_SECONDS)
         has_left_some = bool(attempt.left())
-        self._clear(attempt, steps_before, asked_at)
-        self._remove_stop_file()
-        verdict = verdict_of(status, self._asked, self._is_finished(), self._events(told_before))
+        deadline = (asked_at or time.monotonic()) + self._grace
+        if was_killed or self._runs.end_after(told_before):
+            deadline = min(deadline, time.monotonic() + (0.0 if was_killed else _END_SECONDS))
+        self._clear(attempt, steps_before, deadline)
+        self._runs.remove_stop_file()
+        verdict = verdict_of(status, self._asked, self._runs.are_finished(), self._runs.events(told_before))
         if verdict.end == "stopped" and self._asked is None and has_left_some:
             # Ranks that miss their launcher save and say that they were stopped, but nobody wanted that.
             return Verdict("failed", f"what started its ranks ended with status {status} before them")
         return verdict
 
+    def _is_asked(self) -> bool:
+        """Whether to stop: by a signal, or by the file `stop`, which then is a person's."""
+        if self._asked is None and self._runs.have_stop_file():
+            self._asked, self._is_asked_by_file = int(signal.SIGTERM), True
+        return self._asked is not None
+
     def _ask_to_stop(self, attempt: Attempt) -> float:
         """Hand the request on; when that was."""
         by = f"the file {STOP_FILE}" if self._is_asked_by_file else signal.Signals(self._asked).name
         _log.warning("asked to stop by %s: told the run, which has %.0f s to save", by, self._grace)
-        self._put_stop_file()
+        self._runs.put_stop_file()
         attempt.tell()
         return time.monotonic()
 
-    def _is_asked(self) -> bool:
-        """Whether to stop: by a signal, or by the file `stop`, which then is a person's."""
-        if self._asked is None and any((run / STOP_FILE).exists() for run in self._runs):
-            self._asked, self._is_asked_by_file = int(signal.SIGTERM), True
-        return self._asked is not None
+    def _why_too_late(self, asked_at: float | None, told_before: Sequence[int]) -> str | None:
+        """Why the command is not to be waited for any longer; None if it is."""
+        if asked_at is not None and time.monotonic() - asked_at > self._grace:
+            return f"not ended {self._grace:.0f} s after the request to stop"
+        if time.monotonic() < self._next_look:
+            return None
+        self._next_look = time.monotonic() + _END_SECONDS / 10
+        ended = self._runs.end_after(told_before)
+        if ended is None or time.time() - ended["time"] < _END_SECONDS:
+            return None
+        # The first of several runs has ended, and the command goes on with the next one.
+        if ended.get("how") == FINISHED and not self._runs.are_finished():
+            return None
+        # srun waits for the tasks of a node that is gone, and for ever where its own daemon there was killed.
+        return f"the run has ended {_END_SECONDS:.0f} s ago, and its command has not"
 
-    def _remove_stop_file(self) -> None:
-        for run in self._runs:
-            with suppress(OSError):
-                (run / STOP_FILE).unlink(missing_ok=True)
-
-    def _put_stop_file(self) -> None:
-        for run in self._runs:
-            # A run of a plan may not have begun. Where the disk refuses, what does not end is killed.
-            with suppress(OSError):
-                (run / STOP_FILE).touch()
-
-    def _clear(self, attempt: Attempt, steps_before: set[str], asked_at: float | None) -> None:
-        """See to it that nothing of an ended attempt goes on: what a dead launcher left saves first, if it can."""
-        deadline = (asked_at or time.monotonic()) + self._grace
+    def _clear(self, attempt: Attempt, steps_before: set[str], deadline: float) -> None:
+        """See to it that nothing of an ended attempt goes on: what a dead launcher left saves before the deadline."""
         for killed in attempt.clear(deadline - time.monotonic()):
             _log.warning("left behind by the command, and killed: %s", killed)
         if self._job.steps() - steps_before:
-            self._put_stop_file()
+            self._runs.put_stop_file()
             self._job.wait_for_steps(steps_before, deadline)
 
     # ---- what to do about its end
@@ -156,7 +156,7 @@ class Supervisor:
         """Decide, tell and do; the exit status, None to start again."""
         if verdict.end in ("refused", "final"):
             return self._leave(CANNOT_WORK if verdict.end == "refused" else 1, verdict.reason)
-        tries = tries_without_progress(self._events(), self._by, self._newest_step())
+        tries = tries_without_progress(self._runs.events(), self._by, self._runs.newest_step())
         if verdict.end == "stopped":
             return self._after_stop(verdict, tries)
         if tries.failures > self._limits.restarts or tries.all > self._limits.idle:
@@ -208,24 +208,10 @@ class Supervisor:
         return status
 
     def _cancel_chain(self) -> None:
-        submitted = [event for event in self._events() if event["event"] == "submitted"]
+        submitted = [event for event in self._runs.events() if event["event"] == "submitted"]
         self._job.cancel_chain([event.get("chain") or [] for event in submitted])
 
     # ---- what it knows
-
-    def _is_finished(self) -> bool:
-        return all((run / FINISHED_FILE).is_file() for run in self._runs)
-
-    def _newest_step(self) -> int:
-        """Of the newest checkpoint, counted over all runs: it grows with what is done."""
-        return sum(newest_step(run) for run in self._runs)
-
-    def _events(self, after: Sequence[int] = ()) -> list[dict[str, Any]]:
-        """What was noted, in the order of time; `after` so many lines of each run."""
-        told = [read_attempts(run) for run in self._runs]
-        starts = after or [0] * len(told)
-        events = [event for events, start in zip(told, starts, strict=True) for event in events[start:]]
-        return sorted(events, key=lambda event: event["time"]) if len(told) > 1 else events
 
     def _note(self, event: str, **fields: Any) -> None:
         note_attempt(self._run, event, **fields)

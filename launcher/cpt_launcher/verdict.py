@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 from cpt.observe.attempts import STOPPED
 
-# cpt.checkpoint and the ranks know these too; to import those would take torch, and so seconds.
-FINISHED_FILE, STOP_FILE = "finished.json", "stop"
 CANNOT_WORK = 2  # the exit status of a request that cannot work; so ends Python, too, when there is no such script
 
 

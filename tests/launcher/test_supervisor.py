@@ -20,7 +20,7 @@ from cpt_harness import runs
 from cpt.checkpoint.run_folder import FINISHED
 from cpt.observe.attempts import read_attempts
 from cpt_launcher.attempt import signal_for
-from cpt_launcher.verdict import FINISHED_FILE
+from cpt_launcher.run_folders import FINISHED_FILE
 
 RUN_PY = """
 import pathlib, signal, subprocess, sys, time
@@ -155,6 +155,14 @@ def test_what_does_not_end_within_the_grace_is_killed(tmp_path):
     assert "killed" in (tmp_path / "out.txt").read_text()
 
 
+@pytest.mark.long
+def test_a_command_that_does_not_end_when_the_run_has_is_killed(tmp_path, monkeypatch):
+    process = supervise(tmp_path, "fail=gone deaf", "finish")  # as srun waits for a node that is gone
+    assert runs.end(process) == 0
+    assert "its command has not: killed" in (tmp_path / "out.txt").read_text()
+    assert [event["reason"] for event in events(tmp_path, "restarting")] == ["gone"]
+
+
 def test_nothing_of_an_attempt_outlives_it(tmp_path):
     process = supervise(tmp_path, "orphan exit=1", "finish", options=("--grace", "1"))
     found = runs.wait_for(lambda: psutil.Process(process.pid).children(recursive=True), "the run")
@@ -202,13 +210,13 @@ def test_only_commands_that_hand_a_signal_on_get_one(command, number):
 # ---- in a SLURM job
 
 
-def stand_ins(folder: Path, state: str = "RUNNING", node_state: str = "ALLOCATED") -> dict[str, str]:
+def stand_ins(folder: Path, state: str = "RUNNING", node_state: str = "ALLOCATED", squeue: str = ":") -> dict[str, str]:
     """SLURM's commands, which write down their words, and the environment of a job that finds them."""
     (folder / "bin").mkdir()
     told = {
         "scontrol": f'case "$*" in *"show job"*) echo "JobId=7 JobState={state} Reason=None";; '
         f'*"show node"*) echo "NodeName=n1 State={node_state}";; esac',
-        "squeue": ":",
+        "squeue": squeue,
         "scancel": ":",
     }
     for name, says in told.items():
@@ -275,6 +283,15 @@ def test_a_failure_on_a_bad_node_requeues_the_job(tmp_path, state):
 def test_a_failure_on_good_nodes_starts_again_in_the_same_job(tmp_path):
     assert runs.end(supervise(tmp_path, "fail=gone exit=1", "finish", **stand_ins(tmp_path))) == 0
     assert "scontrol requeue 7" not in called(tmp_path)
+
+
+def test_the_step_of_a_dead_node_is_not_waited_for_in_a_job_that_slurm_ends(tmp_path):
+    """SLURM ends a job whose node is down, but waits for its script; the step is there until that ends."""
+    step_of_first_start = f"test -e {tmp_path}/begun && echo 7.0; touch {tmp_path}/begun"
+    job = stand_ins(tmp_path, "COMPLETING", "DOWN*", step_of_first_start)
+    options = ("--grace", "1000", "--restarts", "0")
+    assert runs.end(supervise(tmp_path, "fail=gone exit=1", options=options, **job)) == 1
+    assert not any(line.startswith("scancel") for line in called(tmp_path))
 
 
 def test_failures_are_counted_over_requeues_of_the_same_job(tmp_path):
