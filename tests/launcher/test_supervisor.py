@@ -191,6 +191,17 @@ def test_the_environment_is_kept_without_what_looks_like_a_secret(tmp_path):
     assert "hidden" not in text and "HF_HOME" not in text and path.stat().st_mode & 0o077 == 0
 
 
+def test_what_it_writes_is_for_nobody_else_to_change_whatever_the_umask(tmp_path):
+    before = os.umask(0)
+    try:
+        assert runs.end(supervise(tmp_path, "finish")) == 0
+    finally:
+        os.umask(before)
+    written = [tmp_path / "run", *(tmp_path / "run").rglob("*")]
+    ours = [path for path in written if path.name != "finished.json"]  # which the made-up run wrote
+    assert ours and not [path for path in ours if path.stat().st_mode & 0o022]
+
+
 @pytest.mark.parametrize(
     ("command", "number"),
     [
