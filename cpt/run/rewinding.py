@@ -13,6 +13,7 @@ Nothing else is kept of the way that led to the bad step: what the loop does nex
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -107,7 +108,7 @@ class BadSteps:
         found = order.skipped_in(first_slot, num_windows)
         window = order.slot_of_stage(first_slot)
         rest = [(window, found.window), (found.stop, window + num_windows)]
-        more = [Skipped(found.stage, a, b - a, found.step, found.reason) for a, b in rest if a < b]
+        more = [dataclasses.replace(found, window=a, number=b - a) for a, b in rest if a < b]
         if more:
             told = "step %d: %d windows are passed over that share it with those of step %d"
             self._warn(told, place.progress.step + 1, sum(one.number for one in more), found.step)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from cpt_harness import runs
-from cpt_harness.poison import bad_windows, poison
+from cpt_harness import runs, tiny
+from cpt_harness.poison import bad_windows, call_all, poison
 
 from cpt.checkpoint import RunFolder
 from cpt.lineage.ledger import Ledger, Skipped
@@ -28,6 +29,7 @@ MESHES = [
     *((2, [f"zero={zero}"]) for zero in (0, 2)),
     (2, ["zero=3", "precision=bf16"]),
     (2, ["zero=1", "mesh.pipeline=2"]),
+    (2, ["zero=2", "precision=fp16", "loss_scale={initial: 16777216, growth_steps: 3}"]),
 ]
 QUICK = (2, ["zero=1"])
 
@@ -47,10 +49,16 @@ def config(data, tmp_path) -> Path:
 def never_seen(data: Path, output: Path, *skipped: Skipped, words=(), ranks: int = 1, **more) -> Path:
     """A finished run that was told before its third step what to pass over."""
     config = config_of(data, output, **more)
-    runs.cpt("train", config, *words, ranks=ranks, before=runs.ask_to_stop_at(1))
+    runs.cpt("train", config, *words, ranks=ranks, before=fitting(words, runs.ask_to_stop_at(1)))
     write_passed_over(RunFolder(output), skipped)
-    runs.trained(config, *words, ranks=ranks)
+    runs.trained(config, *words, ranks=ranks, before=fitting(words))
     return output
+
+
+def fitting(words: Sequence[str], *patches: Callable[[], None]) -> Callable[[], None]:
+    """For `before`: calls the patches, on a CPU that trains in fp16 if the words ask for it."""
+    also = [tiny.let_the_cpu_train_in_fp16] if "precision=fp16" in words else []
+    return lambda: call_all([*also, *patches])
 
 
 def skipped_of(run: Path) -> list[Skipped]:
@@ -73,7 +81,7 @@ def assert_same_end(found: Path, expected: Path) -> None:
 @pytest.mark.parametrize("mesh", [QUICK, *(pytest.param(m, marks=pytest.mark.long) for m in MESHES)], ids=str)
 def test_the_run_ends_as_one_that_never_saw_the_windows(data, config, tmp_path, mesh, policy):
     ranks, words = mesh
-    bad = poison(bad_windows(config, BAD_STEP))
+    bad = fitting(words, poison(bad_windows(config, BAD_STEP)))
     told = runs.trained(config, *words, f"bad_steps.nonfinite={policy}", ranks=ranks, before=bad)
     assert f"step {BAD_STEP}: loss nan" in told and "(1 of 10)" in told
     run = tmp_path / "run"
@@ -99,6 +107,17 @@ def test_a_rewind_is_told_and_the_windows_are_there_to_be_read(config, tmp_path)
     windows = autopsy["windows"]
     assert [window["slot"] for window in windows] == list(range(FIRST, FIRST + runs.WINDOWS))
     assert all(window["source"] == "prose" and window["epoch"] == 0 and window["text"] for window in windows)
+
+
+@pytest.mark.parametrize(("policy", "status"), [("stop", 1), ("rewind", 0)])
+def test_an_autopsy_that_cannot_be_written_holds_nobody_up(config, tmp_path, policy, status):
+    run, bad = tmp_path / "run", bad_windows(config, BAD_STEP)
+    runs.cpt("train", config, before=runs.ask_to_stop_at(1))
+    (run / "autopsy").touch()
+    ended = runs.cpt("train", config, f"bad_steps.nonfinite={policy}", ranks=2, before=poison(bad))
+    assert [found for found, _ in ended] == [status] * 2, ended
+    assert "autopsy/step-00000008.json cannot be written" in ended[0][1]
+    assert "'source': 'prose', 'first_token': " in ended[0][1]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
