@@ -29,14 +29,18 @@ _LOOK_SECONDS = 0.2
 def signal_for(command: Sequence[str]) -> signal.Signals | None:
     """The signal that tells a command's ranks to save and stop; None if it would end what starts them instead.
 
-    srun takes SIGTERM and SIGINT for itself, and kills its tasks; SIGUSR1 it hands on. The launchers of DeepSpeed and
-    torch end at a signal, or kill their ranks soon after: those are asked by the stop file alone.
+    srun takes SIGTERM and SIGINT for itself, and kills its tasks; SIGUSR1 it hands on, which is well if they are ranks.
+    The launchers of DeepSpeed and torch end at a signal, or kill their ranks soon after: those, and whatever is not
+    known here, are asked by the stop file alone.
     """
-    program = os.path.basename(command[0])
-    if program == "srun":
-        return signal.SIGUSR1
-    asked_of_python = program_of(command)
-    return signal.SIGTERM if asked_of_python and asked_of_python not in NAMES else None
+    number, words = signal.SIGTERM, command
+    if os.path.basename(command[0]) == "srun":
+        number = signal.SIGUSR1
+        python = next((i for i, word in enumerate(command) if os.path.basename(word).startswith("python")), 0)
+        is_task = python and (python == 1 or command[python - 1].startswith("-") or command[python - 1].isdigit())
+        words = command[python:] if is_task else []
+    program = program_of(words)
+    return number if program and program not in NAMES else None
 
 
 class Attempt:

@@ -41,6 +41,7 @@ def main(words: Sequence[str]) -> int:
             parser.error("no command: name it after --")
     except SystemExit as ended:
         return int(ended.code or 0)
+    os.umask(os.umask(0o022) | 0o022)  # as the command `cpt` does: what is written is for nobody else to change
     log_to_terminal()
     limits = Limits(arguments.restarts, arguments.backoff)
     try:

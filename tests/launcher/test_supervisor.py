@@ -205,8 +205,14 @@ def test_what_it_writes_is_for_nobody_else_to_change_whatever_the_umask(tmp_path
 @pytest.mark.parametrize(
     ("command", "number"),
     [
-        (["srun", "-n2", "python", "run.py"], signal.SIGUSR1),
+        (["srun", "-n", "2", "python", "run.py"], signal.SIGUSR1),
         (["/usr/bin/python3", "-u", "run.py"], signal.SIGTERM),
+        (["/usr/bin/srun", "--wait=60", "/venv/bin/python3", "-u", "run.py"], signal.SIGUSR1),
+        (["srun", "torchrun", "run.py"], None),
+        (["srun", "-N2", "python", "-m", "torch.distributed.run", "run.py"], None),
+        (["srun", "-N2", "deepspeed", "--no_ssh", "run.py"], None),
+        (["srun", "apptainer", "exec", "image.sif", "python", "run.py"], None),
+        (["srun", "bash", "-c", "python run.py"], None),
         (["deepspeed", "run.py"], None),
         (["torchrun", "run.py"], None),
         (["python", "-m", "torch.distributed.run", "run.py"], None),
