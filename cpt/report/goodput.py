@@ -8,6 +8,7 @@ attempt that ended without a word ended, for all that is known, with its last st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,9 @@ CAUSES = {
     "training": "steps that stand",
     "evaluation": "scores on held-out text",
     "save": "training held up by saves",
-    "start": "from the start of an attempt to its first step",
+    "start": "from the beginning of the first rank's process to its first step",
     "lost": "steps and evaluations that were dropped on a resume or a rewind, steps left out",
-    "queue": "waiting for the scheduler, and for its job to begin",
+    "queue": "waiting for the scheduler, until the first rank's process begins",
     "down": "between the end of an attempt and the next one",
     "other": "what no record tells: between steps, ends of stages, the way to the end after the last step",
 }
@@ -68,13 +69,14 @@ def goodput(
     seconds["save"] = _total(metrics, "save_seconds")
     seconds["save"] += _total([event for event in events if event["event"] == "saved_last"], "seconds")
     seconds["lost"] = _total(lost, "seconds") + _total(skipped, "step_seconds")
-    began = end = events[0]["time"]
+    began = end = _began(events[0], events[0]["time"] if starts[0] else -math.inf)
     for place, begin in enumerate(starts):
         stop = starts[place + 1] if place + 1 < len(starts) else len(events)
-        queue = _seconds_in_queue(events, begin, end)
+        start = _began(events[begin], end)
+        queue = _seconds_in_queue(events, begin, start, end)
         seconds["queue"] += queue
-        seconds["down"] += max(0.0, events[begin]["time"] - end) - queue
-        seconds["start"] += _seconds_to_first_step(events[begin:stop], scores)
+        seconds["down"] += start - end - queue
+        seconds["start"] += _first_step(events[begin:stop], scores) - start
         end = _end(events, begin, stop, metrics, scores)
     seconds["other"] = end - began - sum(seconds.values())
     # Of those left out, some were never made: a rewind passes over them.
@@ -83,7 +85,12 @@ def goodput(
     return Goodput(end - began, seconds, len(starts), lost_steps)
 
 
-def _seconds_in_queue(events: Sequence[dict[str, Any]], begin: int, end_before: float) -> float:
+def _began(started: dict[str, Any], end_before: float) -> float:
+    """When the first rank's process of an attempt began: some time before it took the folder."""
+    return max(end_before, started["time"] - started.get("prepared_seconds", 0.0))
+
+
+def _seconds_in_queue(events: Sequence[dict[str, Any]], begin: int, start: float, end_before: float) -> float:
     """How long the job of the attempt that begins with that event had been asked for, while nothing ran."""
     asked = None
     for event in reversed(events[:begin]):
@@ -93,16 +100,16 @@ def _seconds_in_queue(events: Sequence[dict[str, Any]], begin: int, end_before: 
         if event["event"] in ("submitted", "requeued") and (is_of_gap or is_of_job):
             asked = event["time"]
             break
-    return max(0.0, events[begin]["time"] - max(asked, end_before)) if asked is not None else 0.0
+    return max(0.0, start - max(asked, end_before)) if asked is not None else 0.0
 
 
-def _seconds_to_first_step(attempt: Sequence[dict[str, Any]], scores: Sequence[dict[str, Any]]) -> float:
-    """From the first event of an attempt to its first step; of one that made none, to its last event."""
+def _first_step(attempt: Sequence[dict[str, Any]], scores: Sequence[dict[str, Any]]) -> float:
+    """When the first step of an attempt began, less what is told as evaluation; its last event, if it made none."""
     first = next((event for event in attempt if event["event"] in ("training", "ended")), attempt[-1])
-    # Row 0 is scored on the way to step 1, and told as evaluation.
+    # Row 0 is scored on the way to step 1.
     is_beginning = first["event"] == "training" and not attempt[0].get("step")
     row_0 = _total([line for line in scores if line["step"] == 0], "evaluation_seconds") if is_beginning else 0.0
-    return first["time"] - attempt[0]["time"] - row_0
+    return first["time"] - row_0
 
 
 def _end(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,10 @@ from cpt.observe.lost_pages import tell_lost_pages
 from cpt.parallel.mesh import Mesh
 from cpt.parallel.together import OtherRankError
 from cpt.parallel.watch import first_line, is_of_a_connection
+
+_PLACE_OF_START = 19  # of the fields after the name, in /proc/PID/stat: ticks since the machine was started
+
+_ends: list[float] = []  # of the attempts before in this process, on its monotonic clock
 
 
 @dataclass
@@ -58,7 +63,8 @@ def attempt(folder: Path, mesh: Mesh, step: int, job: str | None) -> Iterator[At
     if mesh.is_first:
         number = 1 + sum(event["event"] == "started" for event in attempts.read_attempts(folder))
         attempts.note_attempt(
-            folder, "started", step=step, ranks=mesh.size, nodes=nodes, job=job, attempt=number
+            folder, "started", step=step, ranks=mesh.size, nodes=nodes, job=job, attempt=number,
+            prepared_seconds=round(_seconds_free(), 3),
         )  # fmt: skip
     this = Attempt(folder, mesh)
     tell_lost_pages(this.loses_page)
@@ -72,6 +78,19 @@ def attempt(folder: Path, mesh: Mesh, step: int, job: str | None) -> Iterator[At
         if not is_told_by_watch and (mesh.is_first or not is_everybodys):
             _note_failure(folder, mesh, error)
         raise
+    finally:
+        _ends.append(time.monotonic())
+
+
+def _seconds_free() -> float:
+    """Since when this process has worked for the attempt that begins: since it began, or the one before in it ended."""
+    if _ends:
+        return time.monotonic() - _ends[-1]
+    try:
+        began = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[_PLACE_OF_START]
+    except OSError:  # no Linux
+        return 0.0
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(began) / os.sysconf("SC_CLK_TCK")
 
 
 def _note_failure(folder: Path, mesh: Mesh, error: BaseException) -> None:

@@ -92,6 +92,22 @@ def test_the_next_job_of_a_chain_has_waited_in_the_queue_since_the_one_before_en
     assert seconds_by_cause(account) == {"queue": 25.0, "training": 8.0}
 
 
+def test_an_attempt_begins_with_its_process_and_not_before_the_one_before_ended():
+    events = [
+        at(100, "started", step=0, prepared_seconds=30.0),
+        at(101, "training", step=0),
+        at(105, "ended", how="stopped", step=2),
+        at(120, "started", step=2, prepared_seconds=10.0),
+        at(121, "training", step=2),
+        at(123, "ended", how="stopped", step=3),
+        at(130, "started", step=3, prepared_seconds=500.0),
+        at(131, "training", step=3),
+        at(133, "ended", how="finished", step=4),
+    ]
+    account = goodput(events, [step(number) for number in range(1, 5)], [])
+    assert seconds_by_cause(account) == {"start": 31.0 + 11.0 + 8.0, "training": 8.0, "down": 5.0}
+
+
 def test_a_restart_in_place_is_down_time_and_no_time_in_the_queue():
     events = [
         at(0, "submitted", job="7"),

@@ -52,10 +52,10 @@ def saved_in(run: Path) -> int:
     return find_checkpoint(run / "checkpoints").state["progress"]["step"]
 
 
-def assert_ends_as_if_unbroken(config: Path, run: Path, unbroken: Path) -> None:
+def assert_ends_as_if_unbroken(config: Path, run: Path, unbroken: Path, ranks: int = 1) -> None:
     """The same command again finishes the run, and it saw and computed what one in peace does."""
-    runs.trained(config)
-    runs.trained(config, f"output={unbroken}")
+    runs.trained(config, ranks=ranks)
+    runs.trained(config, f"output={unbroken}", ranks=ranks)
     found, expected = runs.story(run), runs.story(unbroken)
     for record in found["metrics"]:
         record.pop("checkpoint_failed", None)
@@ -111,7 +111,7 @@ def test_a_disk_that_breaks_ends_the_run_after_so_many_failed_saves_and_it_can_g
         assert last.endswith("Mend the disk, and start the same command again") and "Traceback" not in ended[0][1]
         disk.mend()
         assert saved_in(run) in (5, 10)  # the second one may have been on its way
-        assert_ends_as_if_unbroken(config, run, tmp_path / "unbroken")
+        assert_ends_as_if_unbroken(config, run, tmp_path / "unbroken", ranks)
 
 
 def test_a_disk_that_does_not_answer_for_a_while_holds_up_the_run_and_no_more(data, tmp_path):
@@ -177,7 +177,7 @@ def test_a_run_folder_that_is_deleted_is_made_again_with_all_lines_and_the_run_c
     assert f"{run} was deleted while this run writes to it: it is made again" in ended[0][1]
     assert [record["step"] for record in runs.lines(run / "metrics.jsonl")] == list(range(1, 19))
     assert [event["event"] for event in read_attempts(run)] == ["started", "saved_last", "ended"]
-    assert_ends_as_if_unbroken(config, run, tmp_path / "unbroken")
+    assert_ends_as_if_unbroken(config, run, tmp_path / "unbroken", ranks)
 
 
 # ---- corpora that go
@@ -204,8 +204,14 @@ def test_a_shard_that_is_deleted_is_read_to_the_end_and_missed_at_the_next_start
     assert_ends_as_if_unbroken(config, tmp_path / "run", tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("file", ["shard-00000.bin", "shard-00000.idx"])
+@pytest.mark.parametrize(
+    ("file", "ranks"),
+    [
+        ("shard-00000.bin", 1),
+        pytest.param("shard-00000.bin", 2, marks=pytest.mark.long),
+        pytest.param("shard-00000.idx", 1, marks=pytest.mark.long),
+    ],
+)
 def test_a_shard_that_is_cut_short_under_the_run_is_named_and_the_run_can_go_on(data, tmp_path, file, ranks):
     mine = copy_of(data, tmp_path / "data")
     shard, run = mine / "prose" / file, tmp_path / "run"
@@ -222,10 +228,11 @@ def test_a_shard_that_is_cut_short_under_the_run_is_named_and_the_run_can_go_on(
     shutil.copy(data / "prose" / file, shard)
     stood = saved_in(run)
     assert stood >= 10
-    ((status, told),) = runs.cpt("train", config, before=runs.ask_to_stop_at(stood + 3), ranks=ranks)
+    (status, told), *_ = runs.cpt("train", config, before=runs.ask_to_stop_at(stood + 3), ranks=ranks)
     assert status == 143 and f"going on from {run}/checkpoints/step-{stood:08d}" in told
 
 
+@pytest.mark.long
 def test_a_disk_that_dies_under_the_corpus_is_named_with_its_file(data, tmp_path):
     with disks.on_device(tmp_path / "disk", 64 * disks.MIB) as disk:
         # So large that what is read ahead is not all of it.
