@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 from cpt_harness import runs
 
 from cpt.cli import main
+from cpt.cli.status import lines_of
 from cpt.observe.attempts import note_attempt
+from cpt_launcher.status import Status
 
 
 def told(run: Path, capsys, *words: str) -> str:
@@ -100,6 +103,36 @@ def test_a_slurm_that_does_not_answer_is_not_waited_for(tmp_path, monkeypatch, c
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     note_attempt(tmp_path, "submitted", job="7")
     assert "scontrol did not answer within 10 s" in told(tmp_path, capsys)
+
+
+def of_the_page(**more: object) -> Status:
+    """The run that docs/CLUSTER.md tells of."""
+    known = {
+        "run": Path("runs/mine"), "state": "running", "reason": None, "advice": None, "step": 1200, "tokens": 2_457_600,
+        "total_tokens": 100_000_000, "loss": 2.91138, "seconds_since_step": 3.2, "tokens_per_second": None,
+        "seconds_left": None, "checkpoint": 1000, "seconds_since_checkpoint": 112.0, "starts": 1, "failures": 0,
+        "ranks": 32, "nodes": ("gpu-01", "gpu-02", "gpu-03", "gpu-04"), "job": "4711", "job_state": "RUNNING",
+        "last_words": (), "notes": (),
+    }  # fmt: skip
+    return Status(**{**known, **more})
+
+
+def test_the_page_shows_what_the_command_prints():
+    page = (runs.ROOT / "docs" / "CLUSTER.md").read_text(encoding="utf-8")
+    shown = [block.splitlines() for block in re.findall(r"```\n(runs/mine: .*?)```", page, re.DOTALL)]
+    running = of_the_page(tokens_per_second=182_300.0, seconds_left=535.1)
+    queued = of_the_page(
+        state="queued", reason="job 4711 waits: BeginTime; it was requeued: asked to stop by SIGUSR1",
+        job_state="PENDING",
+    )  # fmt: skip
+    why = "4 failure(s) without a newer checkpoint, the last one: rank 3 on gpu-02 is gone: no sign of life for 9 s"
+    failed = of_the_page(
+        state="failed", reason=why,
+        advice="when the reason is gone, the same command goes on from the newest checkpoint",
+        starts=4, failures=4, job_state=None, seconds_since_step=7500.0, seconds_since_checkpoint=7620.0,
+        last_words=("rank-00003.log: 2026-11-30 14:02:11,417 INFO cpt.train step=1200 ...",),
+    )  # fmt: skip
+    assert shown == [lines_of(running), lines_of(queued), lines_of(failed)]
 
 
 def test_a_folder_without_a_run_is_a_fault(tmp_path, capsys):
