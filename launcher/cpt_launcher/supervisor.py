@@ -60,6 +60,7 @@ class Supervisor:
         # Tries are counted over the requeues of a job; who starts a supervisor again by hand begins to count anew.
         self._by = f"job {self._job.name}" if self._job.name else f"process {os.getpid()} at {time.time():.0f}"
         self._next_look = 0.0
+        self._not_noted: list[dict[str, Any]] = []  # on a full disk tries must be counted, too
         self._asked: int | None = None  # the number of the signal that asked to stop
         self._is_asked_by_file = False
 
@@ -156,7 +157,8 @@ class Supervisor:
         """Decide, tell and do; the exit status, None to start again."""
         if verdict.end in ("refused", "final"):
             return self._leave(CANNOT_WORK if verdict.end == "refused" else 1, verdict.reason)
-        tries = tries_without_progress(self._runs.events(), self._by, self._runs.newest_step())
+        events = sorted([*self._runs.events(), *self._not_noted], key=lambda event: event["time"])
+        tries = tries_without_progress(events, self._by, self._runs.newest_step())
         if verdict.end == "stopped":
             return self._after_stop(verdict, tries)
         if tries.failures > self._limits.restarts or tries.all > self._limits.idle:
@@ -214,7 +216,8 @@ class Supervisor:
     # ---- what it knows
 
     def _note(self, event: str, **fields: Any) -> None:
-        note_attempt(self._run, event, **fields)
+        if not note_attempt(self._run, event, **fields):
+            self._not_noted.append({"event": event, "time": time.time(), **fields})
 
     def _keep_environment(self) -> None:
         name = f"environment-{self._job.name or 'here'}.txt"

@@ -11,11 +11,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
-from cpt_harness import runs
+from cpt_harness import disks, runs
 
 from cpt.checkpoint.run_folder import FINISHED
 from cpt.observe.attempts import read_attempts
@@ -153,6 +154,16 @@ def test_what_does_not_end_within_the_grace_is_killed(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert runs.end(process) == 143
     assert "killed" in (tmp_path / "out.txt").read_text()
+
+
+def test_on_a_full_disk_which_takes_no_notes_it_gives_up_all_the_same(tmp_path):
+    with disks.in_memory(tmp_path / "run", 4096 * 16) as full:
+        with suppress(OSError), (full / "filler").open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        assert runs.end(supervise(tmp_path, "exit=1", options=("--restarts", "2"))) == 1
+        assert read_attempts(full) == []
+    assert 3 <= (tmp_path / "out.txt").read_text().count("without finishing") <= 5
 
 
 @pytest.mark.long
