@@ -154,12 +154,16 @@ class Watch:
 
     def _wait_for_verdict(self, reason: str) -> None:
         """A connection broke. Whose end that was is known in a few seconds, and this process ends; else return."""
+        if threading.current_thread() is threading.main_thread():
+            # A launcher that sees one rank end asks the others to, which must not keep them from saying why.
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_IGN)
         self._place = (*self._place[:3], time.monotonic())
         self._sign = replace(self._sign, broken=reason)
         self._signs.tell()
         self._judge.join(4 * self._limits.evidence + _WRITING_SECONDS)
         if self._folder:
-            attempts.note_end(self._folder, how=attempts.FAILED, reason=reason)
+            attempts.note_end(self._folder, how=attempts.FAILED, step=self.steps_done, reason=reason)
 
     def fails(self, reason: str) -> None:
         """This process is about to end for this reason, without raising it; the others learn it."""
@@ -222,7 +226,7 @@ class Watch:
         fields = {"how": attempts.FAILED, "reason": found.reason, "rank": found.rank, "node": found.node}
         is_first_to_tell = self._rank == 0
         if self._folder:
-            is_first_to_tell = attempts.note_end(self._folder, step=found.step, **fields)
+            is_first_to_tell = attempts.note_end(self._folder, step=self.steps_done, **fields)
         if is_first_to_tell or (self._folder is None and found.rank == 0):
             where = f"; stacks of all ranks: {self._folder}/logs/stacks-rank-*.txt" if self._folder else ""
             with suppress(OSError):
