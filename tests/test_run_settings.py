@@ -341,6 +341,7 @@ def test_a_parent_that_is_only_a_name_is_a_fault(file):
          "checkpoint.keep_every_tokens = 0: at least 1; leave it out to keep none"),
         ("checkpoint.temporary_every_minutes=0",
          "checkpoint.temporary_every_minutes = 0.0: above 0; leave it out to save by tokens"),
+        ("checkpoint.most_failures=0", "checkpoint.most_failures = 0: at least 1, which ends the run at the first one"),
         ("log.every_steps=0", "log.every_steps = 0: at least 1"),
         ("log.peak_tflops=0", "log.peak_tflops = 0.0: above 0; leave it out to have it found"),
         ("evaluation.windows=-1", "evaluation.windows = -1: at least 1, or 0 for all"),

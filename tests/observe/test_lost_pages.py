@@ -1,4 +1,4 @@
-"""A mapped file that is cut short under its reader is named, whoever reads it; other bus errors end as they always did."""
+"""A mapped file that is cut short under its reader is named, whoever reads it; other bus errors end as before."""
 
 from __future__ import annotations
 

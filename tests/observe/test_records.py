@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -95,3 +96,17 @@ def test_lines_that_the_disk_never_takes_are_told_at_the_end(tmp_path, caplog):
         records.write({"step": 1})
         records.close()
     assert caplog.messages[-1].endswith("its last lines are lost; the run makes those steps again")
+
+
+def test_a_file_that_was_deleted_is_there_again_with_every_line_when_lines_must_be_kept(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"step": 1}\n')
+    records = Records(path, 5)
+    records.write({"step": 2})
+    shutil.rmtree(path.parent)
+    records.write({"step": 3})
+    records.keep()
+    records.write({"step": 4})
+    assert [record["step"] for record in read_records(path)] == [1, 2, 3, 4]
+    assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]

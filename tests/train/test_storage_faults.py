@@ -142,6 +142,7 @@ def test_steps_go_on_while_a_slow_disk_takes_a_checkpoint(data, tmp_path):
         lines = runs.lines(run / "metrics.jsonl")
         (told,) = [record for record in lines if "save_seconds" in record]
         assert told["step"] == 31 and told["save_seconds"] < seconds[0] / 2
+        assert_ends_as_if_unbroken(config, run, tmp_path / "unbroken")
 
 
 # ---- folders that go

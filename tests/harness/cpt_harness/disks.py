@@ -11,6 +11,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import pytest
 MIB = 1 << 20
 _OPTIONS = "errors=remount-ro"
 # Of Linux's headers: FIFREEZE and FITHAW of fs.h, EXT4_IOC_SHUTDOWN of ext4.h.
+_NEW_MOUNTS = 0x00020000  # CLONE_NEWNS of sched.h
 _FREEZE, _THAW, _SHUT_DOWN, _WITHOUT_LOG = 0xC0045877, 0xC0045878, 0x8004587D, 2
 
 
@@ -33,6 +35,7 @@ def _mounted(folder: Path, *words: object) -> Iterator[None]:
     """What is mounted there; skips the test where that is not allowed."""
     folder.mkdir()
     try:
+        _have_mounts_of_our_own()
         _run("mount", *words, folder)
     except OSError as error:
         pytest.skip(f"this machine mounts no file systems: {error}")
@@ -40,6 +43,15 @@ def _mounted(folder: Path, *words: object) -> Iterator[None]:
         yield
     finally:
         _run("umount", "--lazy", folder)
+
+
+@cache
+def _have_mounts_of_our_own() -> None:
+    """Others do not see what is mounted from now on: whoever makes a namespace meanwhile would keep it mounted."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_NEW_MOUNTS):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "unshare")
+    _run("mount", "--make-rprivate", "/")
 
 
 @contextmanager
