@@ -59,7 +59,9 @@ class Signs:
             self._signs[0], quiet[0] = self._sign_now(), 0.0
             return judge(self._signs, quiet, self._limits)
         has_evidence = has_lost_connection or self._error is not None
-        limit = min(self._limits.lost, self._limits.evidence) if has_evidence else self._limits.lost
+        # Where a network is cut in two, the side of the first rank, which knows most, is to tell it first.
+        later = self._limits.lost + 2 * self._limits.beat
+        limit = min(later, self._limits.evidence) if has_evidence else later
         if quiet[0] > limit and not (self._signs[0].is_closed and self._error is None):
             return lost_verdict(self._signs, [0], quiet[0], self._limits, has_evidence)
         return None
