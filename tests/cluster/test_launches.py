@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from cpt_harness import runs
+from cpt_harness.slurm_cluster import SlurmCluster
+from cpt_harness.slurm_runs import SubmittedRun, write_slow_settings
 
 RUN = [runs.ROOT / "launcher" / "run.py"]
 FIRST_NODE = "$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n1)"
@@ -72,6 +74,22 @@ def test_deepspeeds_own_launcher_for_slurm_trains_like_one_process(cluster, conf
     )
     cluster.run("salloc", "-N2", "--ntasks-per-node=1", *command, *RUN, config, seconds=SECONDS)
     assert_same_training(tmp_path / "run", in_one_process, 2)
+
+
+def test_a_submitted_run_has_a_rank_a_gpu_and_status_follows_it(tmp_path, data, in_one_process):
+    with SlurmCluster(tmp_path, nodes=2, gpus=2) as cluster:
+        other = cluster.submit("-N2", "--exclusive", "--wrap", "sleep 1000")
+        cluster.wait_for_state(other, "RUNNING")
+        plain = write_slow_settings(data, tmp_path, STEPS)
+        run = SubmittedRun(cluster, plain, "--nodes", 2, "--gpus-per-node", 2, rest=10)
+        assert run.status()["state"] == "queued"
+        cluster.run("scancel", other)
+        run.wait_for_step(2)
+        assert run.status()["state"] == "running"
+        run.hurry()
+        run.wait_until_finished()
+        assert run.status()["state"] == "finished"
+    assert_same_training(run.path, in_one_process, 4)
 
 
 def test_plain_python_in_a_batch_script_is_one_rank(cluster, config, tmp_path, in_one_process):

@@ -16,10 +16,10 @@ from cpt_harness import runs
 from cpt_harness.slurm_cluster import ENDED, SlurmCluster
 from cpt_harness.slurm_runs import SECONDS, SubmittedRun, write_slow_settings
 
-SOAK_SECONDS, SHORT_SECONDS = 20 * 60, 2 * 60
-STEPS, SHORT_STEPS, REST = 2600, 400, 0.5  # longer than the soak: it ends by its tokens, when rests are over
-PAUSE_SECONDS = (2.0, 40.0)  # of undisturbed training before a fault; checkpoints come every five seconds
-SEED = 8
+# Seconds of faults; steps, which take longer with their rests, so that the run ends by its tokens when rests are over;
+# and at most so many seconds of undisturbed training before a fault, where checkpoints come every five.
+SHORT, LONG = (2 * 60, 400, 10.0), (20 * 60, 2600, 40.0)
+REST, SEED = 0.5, 8
 
 
 class Faults:
@@ -95,11 +95,13 @@ class Faults:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "steps"),
-    [(SHORT_SECONDS, SHORT_STEPS), pytest.param(SOAK_SECONDS, STEPS, marks=pytest.mark.long)],
+    ("seconds", "steps", "pause"),
+    [SHORT, pytest.param(*LONG, marks=pytest.mark.long)],
     ids=["short", "long"],
 )
-def test_a_run_under_a_storm_of_faults_ends_as_if_there_had_been_none(cluster, data, tmp_path, seconds, steps):
+def test_a_run_under_a_storm_of_faults_ends_as_if_there_had_been_none(
+    cluster, data, tmp_path, tell, seconds, steps, pause
+):
     run = SubmittedRun(
         cluster, write_slow_settings(data, tmp_path, steps), "--nodes", 2, "--time", "0:06:00", "--restarts", 10,
         rest=REST,
@@ -109,7 +111,7 @@ def test_a_run_under_a_storm_of_faults_ends_as_if_there_had_been_none(cluster, d
     run.wait_for_event("training")
     began = time.monotonic()
     while time.monotonic() < began + seconds:
-        time.sleep(lot.uniform(*PAUSE_SECONDS))
+        time.sleep(lot.uniform(1, pause))
         assert cluster.job_state(run.job) not in ENDED, run.log()[-6000:]
         number = len(run.events("training"))
         fault = lot.choice(faults.all())
@@ -121,7 +123,12 @@ def test_a_run_under_a_storm_of_faults_ends_as_if_there_had_been_none(cluster, d
             cluster.mend()
     run.hurry()
     run.wait_until_finished(2 * SECONDS)
-    print(f"{dict(happened)}; {len(run.events('started'))} starts, {run.lost_tokens():,} tokens made again")
+    lost = run.lost_tokens() / runs.TOKENS_A_STEP / steps
+    tell(
+        f"| soak of {time.monotonic() - began:,.0f} s | by lot | | {dict(happened)} | {run.lost_tokens():,} "
+        f"({100 * lost:.0f} % of the run) | {len(run.events('started'))} starts, the same bits at the end |"
+    )
+    (tmp_path / "undisturbed").mkdir()
     again = write_slow_settings(data, tmp_path / "undisturbed", steps)
     runs.trained(again, ranks=2, seconds=2 * SECONDS)
     runs.assert_same_but_for_checkpoints(runs.story(run.path), runs.story(tmp_path / "undisturbed" / "run"))

@@ -29,6 +29,7 @@ CPT = (sys.executable, "-c", "import sys; from cpt.cli import main; sys.exit(mai
 def write_slow_settings(data: Path, folder: Path, steps: int = STEPS, save_every: int = 10) -> Path:
     """A run that is saved every so many steps and scored at its ends, as a file; its folder is `folder`/run."""
     plain = runs.settings(data, folder / "run", [runs.stage(data, "prose", steps)])
+    plain["batch"]["micro_batch"] = 2  # for up to four ranks
     plain["evaluation"]["every_tokens"] = None
     plain["checkpoint"] = {"every_tokens": save_every * runs.TOKENS_A_STEP}
     plain["watch"] = {"hang_seconds": HANG_SECONDS, "slow_seconds": 300, "lost_seconds": LOST_SECONDS}
@@ -38,7 +39,7 @@ def write_slow_settings(data: Path, folder: Path, steps: int = STEPS, save_every
 class SubmittedRun:
     """A run of which `cpt submit CONFIG WORDS` made a job, and what becomes of it.
 
-    `rest`: seconds after each step until `hurry()` is called.
+    `rest`: seconds after each step until `hurry()` is called. One rank a node, unless `words` say otherwise.
     """
 
     def __init__(self, cluster: SlurmCluster, config: Path, *words: object, rest: float = 0.2) -> None:
@@ -50,7 +51,7 @@ class SubmittedRun:
         self._environment = {
             "PYTHONPATH": paths, "CPT_TEST_SLOW": f"{rest} {self._slow}", "CPT_TEST_HANG": str(self._hang),
         }  # fmt: skip
-        told = self.cpt("submit", config, "--tasks-per-node", 1, "--grace", 60, *words)
+        told = self.cpt("submit", config, "--grace", 60, *words)
         self.job = int(re.search(r"job (\d+)", told)[1])
 
     def cpt(self, *words: object) -> str:
