@@ -91,20 +91,19 @@ def test_a_folder_that_cannot_be_made_is_told_once_and_ends_all_ranks(config, tm
 
 def test_where_the_windows_of_a_bad_step_cannot_be_written_the_reason_for_the_end_is_told_all_the_same(config):
     def before() -> None:
-        from cpt.checkpoint import RunFolder
         from cpt.engine import Engine
 
-        step, write = Engine.step, RunFolder.write_json
+        step, write = Engine.step, Path.write_text
 
         def spoiled(engine, tokens, sources, num_sources, rate, progress, *others):
             if progress.step == 2:
                 engine.masters.pieces[0].values.fill_(float("nan"))
             return step(engine, tokens, sources, num_sources, rate, progress, *others)
 
-        def write_json(folder, name, plain):
-            full_disk() if name.startswith("nonfinite") else write(folder, name, plain)
+        def write_text(path, text, **named):
+            return full_disk() if path.parent.name == "autopsy" else write(path, text, **named)
 
-        Engine.step, RunFolder.write_json = spoiled, write_json
+        Engine.step, Path.write_text = spoiled, write_text
 
     ended = runs.cpt("train", config, ranks=2, before=before, seconds=40)
     assert [status for status, _ in ended] == [1, 1]
