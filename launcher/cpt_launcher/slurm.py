@@ -51,7 +51,8 @@ def own_job(environment: Mapping[str, str]) -> str | None:
 
 
 def find_job(job: str) -> Job | None:
-    """What SLURM knows of a job; None if it knows none of that number, which it soon forgets after the end.
+    """What SLURM knows of a job, of an array the one that is going on; None if it knows none of that number, as it does
+    soon after the end.
 
     Raises SlurmError if it cannot be asked.
     """
@@ -61,8 +62,9 @@ def find_job(job: str) -> Job | None:
         if "Invalid job id" in str(error):
             return None
         raise
-    lines = [line for line in told.splitlines() if line.strip()]
-    return job_of_line(job, lines[0]) if lines else None
+    jobs = [job_of_line(job, line) for line in told.splitlines() if line.strip()]
+    # An array has a line for each of its jobs: what is going on says more than what is over.
+    return min(jobs, key=lambda found: (not found.is_running, not found.is_waiting), default=None)
 
 
 def job_of_line(job: str, line: str) -> Job:

@@ -66,11 +66,17 @@ def status_of(run: Path) -> Status:
     attempt = newest_attempt(events)
     number = next((str(event["job"]) for event in reversed(attempt) if event.get("job")), None)
     job, was_asked = None, False
-    if number is not None:
+    for one in [number, *_next_in_chain(events, number)] if number else []:
         try:
-            job, was_asked = slurm.find_job(number), True
+            found, was_asked = slurm.find_job(one), True
         except slurm.SlurmError as error:
-            notes.append(f"SLURM cannot be asked about job {number}: {error}")
+            notes.append(f"SLURM cannot be asked about job {one}: {error}")
+            break
+        if job is None or (found is not None and (found.is_running or found.is_waiting)):
+            job = found
+        if job is not None and (job.is_running or job.is_waiting):
+            number = one
+            break
     found = where(
         Facts(events, now, (run / FINISHED_FILE).is_file(), _is_taken(run), (run / STOP_FILE).exists(), job, was_asked)
     )
@@ -102,6 +108,14 @@ def status_of(run: Path) -> Status:
         last_words=_last_words(run) if found.state in ("failed", "died") else (),
         notes=tuple(notes),
     )
+
+
+def _next_in_chain(events: Sequence[dict[str, Any]], job: str) -> list[str]:
+    """The jobs that were submitted to go on when that one is over; of an array's job, the array."""
+    chains = [event["chain"] for event in events if event["event"] == "submitted" and event.get("chain")]
+    array = job.partition("_")[0]
+    chain = next((chain for chain in reversed(chains) if array in chain), [])
+    return [array] if array != job else chain[chain.index(job) + 1 :] if chain else []
 
 
 def _is_taken(run: Path) -> bool:

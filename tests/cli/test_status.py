@@ -89,6 +89,20 @@ def test_a_queued_run_says_what_slurm_says(tmp_path, monkeypatch, capsys):
     assert lines == [f"{tmp_path}: queued: job 7 waits: Priority", "  job 7, PENDING to SLURM"]
 
 
+def test_between_two_jobs_of_a_chain_the_next_one_is_told_of(tmp_path, monkeypatch, capsys):
+    (tmp_path / "bin").mkdir()
+    scontrol = tmp_path / "bin" / "scontrol"
+    states = 'case "$4" in 7) echo JobId=7 JobState=FAILED;; *) echo JobId=$4 JobState=PENDING Reason=Dependency;; esac'
+    scontrol.write_text(f"#!/bin/sh\n{states}\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    for job in ("7", "8", "9"):
+        note_attempt(tmp_path, "submitted", job=job, chain=["7", "8", "9"])
+    note_attempt(tmp_path, "launched", step=0, by="job 7", job="7")
+    note_attempt(tmp_path, "left", status=138, reason="asked to stop by SIGUSR1", job="7")
+    assert told(tmp_path, capsys).splitlines()[0] == f"{tmp_path}: queued: job 8 waits: Dependency"
+
+
 def test_without_slurms_commands_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
     note_attempt(tmp_path, "submitted", job="7")

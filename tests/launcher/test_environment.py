@@ -16,9 +16,7 @@ def test_a_name_that_looks_like_a_secrets_has_no_value(name):
     assert "hidden" not in "\n".join(told_of({name: "hidden", name.upper(): "hidden"}))
 
 
-@pytest.mark.parametrize(
-    "name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "HTTPS_PROXY", "DATABASE_URL", "HOME", "PATH"]
-)
+@pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "HTTPS_PROXY", "DATABASE_URL", "HOME", "PATH"])
 def test_what_does_not_steer_a_run_is_not_told_at_all(name):
     assert told_of({name: "hidden"}) == []
 

@@ -19,7 +19,7 @@ import pytest
 from cpt_harness import disks, runs
 
 from cpt.checkpoint.run_folder import FINISHED
-from cpt.observe.attempts import read_attempts
+from cpt.observe.attempts import note_attempt, read_attempts
 from cpt_launcher.attempt import signal_for
 from cpt_launcher.run_folders import FINISHED_FILE
 
@@ -327,6 +327,29 @@ def test_failures_are_counted_over_requeues_of_the_same_job(tmp_path):
     ends = [runs.end(supervise(tmp_path, *["fail=gone exit=1"] * 9, options=("--restarts", "1"), **job)) for _ in "abc"]
     assert ends == [1, 1, 1] and len(events(tmp_path, "requeued")) == 1
     assert events(tmp_path, "left")[0]["failures"] == 2
+
+
+@pytest.mark.parametrize("act", ["finish", "final=never exit=1", "exit=2"])
+def test_when_there_is_nothing_left_to_do_the_rest_of_the_chain_is_cancelled(tmp_path, act):
+    (tmp_path / "run").mkdir()
+    for job in ("7", "8", "9"):
+        note_attempt(tmp_path / "run", "submitted", job=job, chain=["7", "8", "9"])
+    runs.end(supervise(tmp_path, act, options=("--no-requeue",), **stand_ins(tmp_path)))
+    assert "scancel --state=PENDING 7 8 9" in called(tmp_path)
+
+
+def test_a_job_of_a_chain_that_is_stopped_leaves_the_rest_to_go_on(tmp_path):
+    (tmp_path / "run").mkdir()
+    note_attempt(tmp_path / "run", "submitted", job="7", chain=["7", "8"])
+    job = stand_ins(tmp_path)
+    assert runs.end(supervise(tmp_path, "stopped=10 exit=138", options=("--no-requeue",), **job)) == 138
+    assert not [line for line in called(tmp_path) if line.startswith("scancel")]
+
+
+def test_one_job_of_an_array_asks_for_itself_alone(tmp_path):
+    job = {**stand_ins(tmp_path), "SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "2"}
+    assert runs.end(supervise(tmp_path, "stopped=15 exit=0", **job)) == 143
+    assert "scontrol requeue 9_2" in called(tmp_path)
 
 
 def test_in_a_step_of_several_tasks_nothing_is_started(tmp_path):
