@@ -43,7 +43,7 @@ test-long: setup
 # What they measured stands at the end of the output: the fault table of docs/CLUSTER.md.
 test-cluster: setup
 	@echo "== tests on a SLURM cluster =="
-	"$(BIN)/python" -m pytest tests/cluster -m "cluster and not long" -rs -n $(WORKERS) --dist worksteal
+	"$(BIN)/python" -m pytest tests/cluster -m "cluster and not long" -rs -n 3 --dist worksteal
 
 lint: setup
 	"$(BIN)/ruff" check .

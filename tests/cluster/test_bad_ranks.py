@@ -18,14 +18,12 @@ def assert_goes_on(run: SubmittedRun, undisturbed: Path, fault: str, injected: s
     """The second rank is named, and the job starts both again without going back to the queue. A line of the table."""
     ended = run.wait_for_event("ended")
     assert (ended["how"], ended["rank"], ended["node"]) == ("failed", 1, run.nodes()[1])
-    noticed = ended["time"] - began
     assert ended["reason"] in run.wait_for_event("restarting")["reason"]
     run.hurry()
     run.wait_until_finished()
     assert run.cluster.job(run.job)["Restarts"] == "0"
     runs.assert_same_but_for_checkpoints(runs.story(run.path), runs.story(undisturbed))
-    return row(fault, injected, f"`{ended['reason']}`", run.lost_tokens(), "ranks were started again in the job",
-               noticed_after=noticed, training_again_after=run.events("training")[1]["time"] - began)  # fmt: skip
+    return row(run, fault, injected, began, f"`{ended['reason']}`", "ranks were started again in the job")
 
 
 def test_ranks_are_started_again_when_one_is_killed(cluster, config, undisturbed, tell):

@@ -23,14 +23,12 @@ def survive(run: SubmittedRun, fault: str, injected: str, happen: Callable[[str]
     happen(node)
     ended = run.wait_for_event("ended")
     assert ended["how"] == "failed" and f"rank {ended['rank']} on {ended['node']} is gone" in ended["reason"]
-    noticed = ended["time"] - began
     run.hurry()
     again = run.wait_for_event("started", 2)
     assert again["step"] >= 20 and node not in again["nodes"]
     run.wait_until_finished()
     result = f"went on on {len(again['nodes'])} node(s)"
-    return row(fault, injected, f"`{ended['reason']}`", run.lost_tokens(), result, noticed_after=noticed,
-               training_again_after=run.events("training")[1]["time"] - began)  # fmt: skip
+    return row(run, fault, injected, began, f"`{ended['reason']}`", result)
 
 
 def assert_named(run: SubmittedRun, rank: int) -> None:

@@ -94,6 +94,14 @@ class Faults:
         return True
 
 
+def row_of(run: SubmittedRun, happened: Counter, seconds: float, steps: int) -> str:
+    """A line of the fault table."""
+    drawn = ", ".join(f"{number} x {name.replace('_', ' ')}" for name, number in sorted(happened.items()))
+    share, starts = run.lost_tokens() / runs.TOKENS_A_STEP / steps, len(run.events("started"))
+    lost = f"{run.lost_tokens():,} ({100 * share:.0f} % of the run)"
+    return f"| {seconds / 60:.0f} minutes of faults | by lot: {drawn} | | | {starts} starts | {lost} | the same bits |"
+
+
 @pytest.mark.parametrize(
     ("seconds", "steps", "pause"),
     [SHORT, pytest.param(*LONG, marks=pytest.mark.long)],
@@ -123,11 +131,7 @@ def test_a_run_under_a_storm_of_faults_ends_as_if_there_had_been_none(
             cluster.mend()
     run.hurry()
     run.wait_until_finished(2 * SECONDS)
-    lost = run.lost_tokens() / runs.TOKENS_A_STEP / steps
-    tell(
-        f"| soak of {time.monotonic() - began:,.0f} s | by lot | | {dict(happened)} | {run.lost_tokens():,} "
-        f"({100 * lost:.0f} % of the run) | {len(run.events('started'))} starts, the same bits at the end |"
-    )
+    tell(row_of(run, happened, time.monotonic() - began, steps))
     (tmp_path / "undisturbed").mkdir()
     again = write_slow_settings(data, tmp_path / "undisturbed", steps)
     runs.trained(again, ranks=2, seconds=2 * SECONDS)

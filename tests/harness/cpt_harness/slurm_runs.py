@@ -130,7 +130,12 @@ class SubmittedRun:
         return job
 
 
-def row(fault: str, injected: str, seen: str, lost_tokens: int, result: str, **seconds: float) -> str:
-    """A line of the fault table of docs/CLUSTER.md, with what was measured."""
-    measured = ", ".join(f"{name.replace('_', ' ')} {value:.0f} s" for name, value in seconds.items())
-    return f"| {fault} | {injected} | {measured} | {seen} | {lost_tokens:,} | {result} |"
+def row(run: SubmittedRun, fault: str, injected: str, began: float, seen: str, result: str) -> str:
+    """A line of the fault table in docs/CLUSTER.md, for a fault that came at the time `began`.
+
+    Seconds until the run's attempt was over, and until it trained again; tokens that were lost.
+    """
+    ended, again = run.events("ended")[0], run.events("training")[1:2]
+    times = " | ".join(f"{event['time'] - began:.0f} s" for event in (ended, *again)) + (" | " if not again else "")
+    told = re.sub(r" \([^)]*\)", "", re.sub(r"\b[a-z]{4}-(\d)", r"n\1", seen))
+    return f"| {fault} | {injected} | {times} | {told} | {run.lost_tokens():,} | {result} |"
