@@ -64,7 +64,9 @@ def status_of(run: Path) -> Status:
         raise Fault(f"{run}: there is no run (no run.yaml and no attempts.jsonl in it); name a run's folder")
     events, now, notes = read_attempts(run), time.time(), []
     attempt = newest_attempt(events)
-    number = next((str(event["job"]) for event in reversed(attempt) if event.get("job")), None)
+    # The run itself knows the job of an array by another number than the array's.
+    told = sorted((event for event in attempt if event.get("job")), key=lambda event: event["event"] == "started")
+    number = str(told[0]["job"]) if told else None
     job, was_asked = None, False
     for one in [number, *_next_in_chain(events, number)] if number else []:
         try:
