@@ -16,14 +16,12 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
 
 import torch.distributed as dist
 
@@ -35,6 +33,7 @@ from cpt.parallel.verdict import FAILED, STARTING, Limits, Sign, Verdict, judge
 _log = logging.getLogger(__name__)
 
 _BEATS, _LEAST_EVIDENCE_SECONDS = 4, 3.0  # without a sign, when something else says that a rank is gone
+_STANDARD_ERROR = 2
 _ENDING_SECONDS = 60.0  # for a process whose collectives broke
 _WRITING_SECONDS = 10.0  # for stacks and messages on disks that may be what hangs
 
@@ -83,7 +82,7 @@ class Watch:
         self._is_closed = threading.Event()
         self._failed_since: float | None = None
         self._folder: Path | None = None
-        self._stacks: IO[str] = sys.stderr
+        self._stacks, self._stacks_path = _STANDARD_ERROR, Path()
 
     # ---- for the loop
 
@@ -97,7 +96,8 @@ class Watch:
         self._folder = folder
         if self._judge:
             self._let_go_of_stacks()
-            self._stacks = (folder / "logs" / f"stacks-rank-{self._rank:05d}.txt").open("a", encoding="utf-8")
+            self._stacks_path = folder / "logs" / f"stacks-rank-{self._rank:05d}.txt"
+            self._stacks = os.open(self._stacks_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             # Any time: `kill -USR2 PID`, if somebody wants to know what a rank is doing.
             faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)
 
@@ -215,33 +215,35 @@ class Watch:
         os._exit(1)  # what is hung would hang a destructor too
 
     def _write_down(self, found: Verdict) -> None:
-        """Stacks, a line in this rank's log, and the one message, if no other rank tells it."""
-        if found.kind == FAILED:  # who failed tells it
-            keep_in_file([found.reason])
-            return
-        with suppress(OSError):
-            self._stacks.write(time.strftime("%Y-%m-%d %H:%M:%S: ") + found.reason + "\n")
-            self._stacks.flush()
-            faulthandler.dump_traceback(self._stacks, all_threads=True)
-        fields = {"how": attempts.FAILED, "reason": found.reason, "rank": found.rank, "node": found.node}
-        is_first_to_tell = self._rank == 0
-        if self._folder:
-            is_first_to_tell = attempts.note_end(self._folder, step=self.steps_done, **fields)
-        if is_first_to_tell or (self._folder is None and found.rank == 0):
-            where = f"; stacks of all ranks: {self._folder}/logs/stacks-rank-*.txt" if self._folder else ""
+        """The one message, if no other rank tells it, stacks, and a line in this rank's log."""
+        if found.kind != FAILED:  # who failed tells it
+            # The first rank tells before it touches a disk, which may be what hangs.
+            if self._rank == 0 or (self._folder is None and found.rank == 0):
+                self._tell(found)
             with suppress(OSError):
-                os.write(2, f"cpt train: {found.reason}{where}\n".encode())
+                os.write(self._stacks, f"{time.strftime('%Y-%m-%d %H:%M:%S')}: {found.reason}\n".encode())
+                faulthandler.dump_traceback(self._stacks, all_threads=True)
+            fields = {"how": attempts.FAILED, "reason": found.reason, "rank": found.rank, "node": found.node}
+            has_noted = self._folder and attempts.note_end(self._folder, step=self.steps_done, **fields)
+            if has_noted and self._rank > 0:
+                self._tell(found)
         keep_in_file([found.reason])
+
+    def _tell(self, found: Verdict) -> None:
+        where = f"; stacks of all ranks: {self._folder}/logs/stacks-rank-*.txt" if self._folder else ""
+        with suppress(OSError):
+            os.write(_STANDARD_ERROR, f"cpt train: {found.reason}{where}\n".encode())
 
     def _let_go_of_stacks(self) -> None:
         faulthandler.unregister(signal.SIGUSR2)
-        file, self._stacks = self._stacks, sys.stderr
-        if file is not sys.stderr:
-            faulthandler.cancel_dump_traceback_later()
-            file.close()
-            with suppress(OSError):
-                if Path(file.name).stat().st_size == 0:
-                    Path(file.name).unlink()
+        file, self._stacks = self._stacks, _STANDARD_ERROR
+        if file == _STANDARD_ERROR:
+            return
+        faulthandler.cancel_dump_traceback_later()
+        os.close(file)
+        with suppress(OSError):
+            if self._stacks_path.stat().st_size == 0:
+                self._stacks_path.unlink()
 
 
 def is_of_a_connection(error: BaseException) -> bool:

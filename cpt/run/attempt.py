@@ -59,6 +59,7 @@ def attempt(folder: Path, mesh: Mesh, step: int, job: str | None) -> Iterator[At
 
     All ranks call it. What broke because another rank ended is left for the watch to tell.
     """
+    mesh.watch.alive(step=step + 1)
     nodes = list(dict.fromkeys(mesh.texts(socket.gethostname())))
     if mesh.is_first:
         number = 1 + sum(event["event"] == "started" for event in attempts.read_attempts(folder))

@@ -62,6 +62,7 @@ def test_attempts_tell_where_it_started_what_it_ran_on_and_how_it_ended(data, tm
     events = [event for event in events if event["event"] in ("started", "training", "ended")]
     assert [event["event"] for event in events] == ["started", "training", "ended"] * 2
     here = os.uname().nodename
+    assert events[0].pop("prepared_seconds") >= 0
     assert events[0] == {"event": "started", "step": 0, "ranks": 2, "nodes": [here], "job": None, "attempt": 1}
     assert events[1] == {"event": "training", "step": 0}
     assert events[2] == {"event": "ended", "how": "stopped", "step": 4, "signal": signal.SIGTERM}
