@@ -32,10 +32,14 @@ class RunFolders:
         return [len(read_attempts(run)) for run in self._runs]
 
     def events(self, after: Sequence[int] = ()) -> list[dict[str, Any]]:
-        """What was noted, in the order of time; `after` so many events of each run."""
+        """What was noted, in the order of time; `after` so many events of each run.
+
+        All that a run has where there are fewer: somebody deleted its folder meanwhile, and it began a new file.
+        """
         told = [read_attempts(run) for run in self._runs]
         starts = after or [0] * len(told)
-        events = [event for events, start in zip(told, starts, strict=True) for event in events[start:]]
+        since = ((events, start if start <= len(events) else 0) for events, start in zip(told, starts, strict=True))
+        events = [event for events, start in since for event in events[start:]]
         return sorted(events, key=lambda event: event["time"]) if len(told) > 1 else events
 
     def end_after(self, after: Sequence[int]) -> dict[str, Any] | None:
