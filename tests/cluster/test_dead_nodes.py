@@ -67,3 +67,29 @@ def test_a_run_goes_on_on_fewer_nodes_when_one_is_cut_off_and_its_ranks_there_en
     assert (found["order"], found["ledger"]) == (expected["order"], expected["ledger"])
     for mine, other in zip(found["metrics"], expected["metrics"], strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+def test_a_link_that_fails_for_a_moment_costs_nothing(cluster, config, undisturbed):
+    run = SubmittedRun(cluster, config, "--nodes", 2)
+    run.wait_for_step(15)
+    cluster.cut(run.nodes()[1])
+    time.sleep(3)
+    cluster.heal(run.nodes()[1])
+    run.hurry()
+    run.wait_until_finished()
+    assert len(run.events("started")) == 1
+    runs.assert_same_story(runs.story(run.path), runs.story(undisturbed))
+
+
+def test_slurms_daemons_may_die_and_come_back_under_a_run(cluster, config, undisturbed):
+    run = SubmittedRun(cluster, config, "--nodes", 2)
+    run.wait_for_step(15)
+    cluster.kill_controller()
+    cluster.kill_slurmd(run.nodes()[1])
+    run.wait_for_step(run.step() + 15)
+    cluster.start_slurmd(run.nodes()[1])
+    cluster.start_controller()
+    run.hurry()
+    run.wait_until_finished()
+    assert len(run.events("started")) == 1
+    runs.assert_same_story(runs.story(run.path), runs.story(undisturbed))
