@@ -2,6 +2,7 @@
 # make test         set up and run the tests
 # make test-long    set up and run the tests that take minutes, which `make test` leaves out
 # make test-cluster set up and run the tests on a SLURM that they start themselves: root, slurm-wlm, munge, iproute2
+# make test-soak    set up and run a run through twenty minutes of faults on such a SLURM
 # make lint         what ruff says
 # make clean        remove the virtual environment and the quickstart's runs
 #
@@ -16,7 +17,7 @@ WORKERS ?= 2
 PIP_ARGUMENTS ?=
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-long test-cluster lint clean
+.PHONY: setup quickstart test test-long test-cluster test-soak lint clean
 
 setup: $(VENV)/.installed
 
@@ -38,7 +39,7 @@ test: setup
 # The last -m counts, so this one takes the place of the one in pyproject.toml.
 test-long: setup
 	@echo "== tests that take minutes =="
-	"$(BIN)/python" -m pytest -m long --durations=0
+	"$(BIN)/python" -m pytest -m "long and not cluster" -n $(WORKERS) --dist loadfile
 
 # What they measured stands at the end of the output: the fault table of docs/CLUSTER.md.
 test-cluster: setup
