@@ -46,6 +46,10 @@ test-cluster: setup
 	@echo "== tests on a SLURM cluster =="
 	"$(BIN)/python" -m pytest tests/cluster -m "cluster and not long" -rs -n 3 --dist worksteal
 
+test-soak: setup
+	@echo "== twenty minutes of faults on a SLURM cluster =="
+	"$(BIN)/python" -m pytest tests/cluster -m "cluster and long" -rs -s
+
 lint: setup
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
