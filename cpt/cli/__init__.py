@@ -76,7 +76,7 @@ def _told(command: str, run, arguments: argparse.Namespace) -> int:
     except Fault as fault:
         for line in fault.lines:
             print(f"cpt {command}: {line}", file=sys.stderr)
-        return 2
+        return 1 if fault.is_passing else 2
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -11,10 +11,16 @@ class Fault(ValueError):
 
     Each line says what is wrong, the value, where it was set, and what would do. The command line prints the lines
     and ends with status 2. Anything else that is raised is our own error and keeps its traceback.
+
+    `is_passing`: the same request may work later, or on another machine (a disk that is not mounted on this one, ranks
+    that did not come in time): status 1, so that a supervisor tries again.
     """
 
-    def __init__(self, lines: str | Iterable[str]) -> None:
+    is_passing: bool = False
+
+    def __init__(self, lines: str | Iterable[str], *, is_passing: bool = False) -> None:
         self.lines: tuple[str, ...] = (lines,) if isinstance(lines, str) else tuple(lines)
+        self.is_passing = is_passing
         super().__init__("\n".join(self.lines))
 
 
