@@ -44,6 +44,9 @@ for act in pathlib.Path(sys.argv[2]).read_text().splitlines()[number - 1].split(
         (folder / "finished.json").write_text("{}")
     elif word == "touch":
         pathlib.Path(value).touch()
+    elif word == "until":
+        while not pathlib.Path(value).exists():
+            time.sleep(0.01)
     elif word == "orphan":
         code = "import time; time.sleep(300)"
         subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
@@ -164,6 +167,18 @@ def test_on_a_full_disk_which_takes_no_notes_it_gives_up_all_the_same(tmp_path):
         assert runs.end(supervise(tmp_path, "exit=1", options=("--restarts", "2"))) == 1
         assert read_attempts(full) == []
     assert 3 <= (tmp_path / "out.txt").read_text().count("without finishing") <= 5
+
+
+def test_a_disk_that_dies_under_a_run_does_not_end_the_supervisor_before_its_command(tmp_path):
+    with disks.on_device(tmp_path / "run", 16 * disks.MIB) as disk:
+        process = supervise(tmp_path, f"until={tmp_path}/go exit=1", options=("--restarts", "0"))
+        runs.wait_for(lambda: events(tmp_path, "launched"), "the start")
+        disk.die()
+        told = tmp_path / "out.txt"
+        runs.wait_for(lambda: "which ends nothing" in told.read_text() or process.poll() is not None, "its word")
+        (tmp_path / "go").touch()
+        assert runs.end(process) == 1
+    assert "ends here, with status 1: 1 failure(s)" in told.read_text()
 
 
 @pytest.mark.long
