@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 from cpt.config import Fault, read_mapping
 from cpt.observe.attempts import read_attempts
-from cpt.run import run_of
+from cpt.run import Run, run_of
 from cpt_launcher import slurm
 from cpt_launcher.run_folders import FINISHED_FILE, STOP_FILE, newest_step
 from cpt_launcher.state_of_run import Facts, newest_attempt, num_failures, where
@@ -22,6 +23,7 @@ from cpt_launcher.state_of_run import Facts, newest_attempt, num_failures, where
 _RECENT_STEPS = 20  # of which the speed is told
 _TAIL_BYTES = 1 << 18
 _LINES_OF_A_LOG = 5
+_SIGN_SECONDS = 900.0  # for which a file that changed is a sign of life where the run itself sets no limit
 
 
 @dataclass(frozen=True)
@@ -73,18 +75,31 @@ def status_of(run: Path) -> Status:
             found, was_asked = slurm.find_job(one), True
         except slurm.SlurmError as error:
             notes.append(f"SLURM cannot be asked about job {one}: {error}")
+            was_asked = False
             break
         if job is None or (found is not None and (found.is_running or found.is_waiting)):
             job = found
         if job is not None and (job.is_running or job.is_waiting):
             number = one
             break
+    settings = _settings(run, notes)
     found = where(
-        Facts(events, now, (run / FINISHED_FILE).is_file(), _is_taken(run), (run / STOP_FILE).exists(), job, was_asked)
+        Facts(
+            events,
+            now,
+            (run / FINISHED_FILE).is_file(),
+            _is_taken(run),
+            (run / STOP_FILE).exists(),
+            job,
+            was_asked,
+            socket.gethostname(),
+            _seconds_since_sign(run, now),
+            (settings.watch.hang_seconds if settings else None) or _SIGN_SECONDS,
+        )
     )
     started = next((event for event in reversed(events) if event["event"] == "started"), {})
     records = _last_records(run / "metrics.jsonl")
-    last, total = records[-1] if records else {}, _total_tokens(run, notes)
+    last, total = records[-1] if records else {}, settings.total_tokens if settings else None
     speed = _speed(records) if found.state == "running" else None
     is_known = bool(speed) and total is not None and "tokens" in last
     return Status(
@@ -120,8 +135,10 @@ def _next_in_chain(events: Sequence[dict[str, Any]], job: str) -> list[str]:
     return [array] if array != job else chain[chain.index(job) + 1 :] if chain else []
 
 
-def _is_taken(run: Path) -> bool:
-    """Whether a process trains in the folder: of this machine, or of any where the file system's locks reach so far."""
+def _is_taken(run: Path) -> bool | None:
+    """Whether a process trains in the folder: of this machine, or of any where the file system's locks reach so far;
+    None if it has none.
+    """
     folder = os.open(run, os.O_RDONLY)
     try:
         # Shared, and given back at once: a run that begins at this moment is hardly ever kept out by it.
@@ -129,7 +146,7 @@ def _is_taken(run: Path) -> bool:
     except BlockingIOError:
         return True
     except OSError:  # a file system without locks
-        return False
+        return None
     finally:
         os.close(folder)
     return False
@@ -160,15 +177,21 @@ def _speed(records: Sequence[dict[str, Any]]) -> float | None:
     return median(speeds) if speeds else None
 
 
-def _total_tokens(run: Path, notes: list[str]) -> int | None:
+def _settings(run: Path, notes: list[str]) -> Run | None:
     path = run / "run.yaml"
     if not path.is_file():
         return None
     try:
-        return run_of(read_mapping([str(path)])).total_tokens
+        return run_of(read_mapping([str(path)]))
     except Fault as fault:  # of another release, or its parent is gone
         notes.append(f"how long the run is cannot be told: {fault.lines[0]}")
         return None
+
+
+def _seconds_since_sign(run: Path, now: float) -> float | None:
+    """Since the run last wrote metrics or the log of a rank."""
+    ages = [_seconds_since(path, now) for path in (run / "metrics.jsonl", *(run / "logs").glob("rank-*.log"))]
+    return min((age for age in ages if age is not None), default=None)
 
 
 def _seconds_since(path: Path, now: float) -> float | None:

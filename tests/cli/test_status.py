@@ -116,7 +116,26 @@ def test_a_slurm_that_does_not_answer_is_not_waited_for(tmp_path, monkeypatch, c
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     note_attempt(tmp_path, "submitted", job="7")
-    assert "scontrol did not answer within 10 s" in told(tmp_path, capsys)
+    note_attempt(tmp_path, "launched", step=0, by="job 7", job="7")
+    note_attempt(tmp_path, "started", step=0, ranks=4, nodes=["n1", "n2"], job="7", attempt=1)
+    note_attempt(tmp_path, "training", step=0)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 12, "tokens": 240}\n')
+    lines = told(tmp_path, capsys)
+    assert "scontrol did not answer within 10 s" in lines
+    assert lines.startswith(
+        f"{tmp_path}: unknown: started, and has not ended as far as its folder tells; whether it is"
+    )
+    assert "step 12, 240 tokens, " in lines and "4 rank(s) on n1, n2" in lines and "the same command" not in lines
+
+
+def test_a_run_on_another_machine_is_not_called_dead(tmp_path, capsys):
+    note_attempt(tmp_path, "started", step=0, ranks=1, nodes=["another-machine"], job=None, attempt=1)
+    note_attempt(tmp_path, "training", step=0)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank-00000.log").write_text("step=1\n")
+    lines = told(tmp_path, capsys)
+    assert "unknown: " in lines and "only on another-machine; its metrics or logs changed " in lines
+    assert "next: ask again on another-machine, before anything is started again" in lines
 
 
 def of_the_page(**more: object) -> Status:
