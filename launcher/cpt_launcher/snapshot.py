@@ -7,6 +7,7 @@ RUN/snapshot/0001/launcher/  cpt/  kernels/     as in a checkout
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,15 +41,37 @@ def next_snapshot(run: Path) -> Path:
 def snapshot(folder: Path) -> Iterator[Path]:
     """Copy the code into the new `folder`; what is inside adds settings and script, and submits.
 
-    Nothing is left of it if that fails.
+    Nobody but the owner may change any of it. Nothing is left of it if that fails.
     """
     root = code_folder()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir()
+    with _writable_by_owner_only() as mode:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+        try:
+            for shelf in _SHELVES:
+                _copy(root / shelf, folder / shelf, mode)
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _writable_by_owner_only() -> Iterator[int]:
+    """The mode of folders, while the umask keeps others from writing to what is made: who may write runs code as us."""
+    before = os.umask(0o077)
+    mask = before | 0o022
+    os.umask(mask)
     try:
-        for shelf in _SHELVES:
-            shutil.copytree(root / shelf, folder / shelf, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-        yield folder
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        yield 0o777 & ~mask
+    finally:
+        os.umask(before)
+
+
+def _copy(source: Path, target: Path, mode: int) -> None:
+    """Copy a folder's files, but not their modes, without what was compiled and what is hidden."""
+    ignored = shutil.ignore_patterns("__pycache__", ".*")
+    shutil.copytree(source, target, ignore=ignored, copy_function=shutil.copyfile)
+    for path in (target, *target.rglob("*")):
+        if path.is_dir():  # copytree gives folders the modes that they had, whatever the umask
+            path.chmod(mode)
