@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import yaml
@@ -77,6 +80,32 @@ def test_the_childs_learning_rate_rises_from_where_its_parents_ended(base, child
     last = runs.lines(base / "metrics.jsonl")[-1]["learning_rate"]
     rates = [record["learning_rate"] for record in runs.lines(child / "metrics.jsonl")]
     assert rates[0] == last and rates.index(max(rates)) == 4 and max(rates) == pytest.approx(5e-3)
+
+
+def assert_areas_are_those_of_the_rates(run: Path, rate_before: float | None) -> None:
+    """S1 and S2 of every step, by the definition in cpt/lineage/areas.py, from the rates that stand beside them."""
+    records = runs.lines(run / "metrics.jsonl")
+    rates = [record["learning_rate"] for record in records]
+    falls = [before - after for before, after in pairwise([rates[0] if rate_before is None else rate_before, *rates])]
+    inner = [sum(falls[k] * 0.999 ** (i - k) for k in range(i + 1)) for i in range(len(falls))]
+    for number, record in enumerate(records, 1):
+        assert record["s1"] == pytest.approx(math.fsum(rates[:number]), rel=1e-12)
+        assert record["s2"] == pytest.approx(math.fsum(inner[:number]), rel=1e-9, abs=1e-12)
+    assert records[-1]["s2"] != 0
+
+
+def test_s1_and_s2_are_sums_over_the_learning_rates_of_the_run(base, child):
+    assert_areas_are_those_of_the_rates(base, None)
+    assert_areas_are_those_of_the_rates(child, runs.lines(base / "metrics.jsonl")[-1]["learning_rate"])
+
+
+def test_s1_and_s2_go_on_over_a_stop(data, tmp_path):
+    plain = runs.settings(data, tmp_path / "run", [runs.stage(data, "code", 6)])
+    config = runs.write_settings(tmp_path / "run.yaml", plain)
+    runs.cpt("train", config, before=runs.ask_to_stop_at(3))
+    assert 1 < len(runs.lines(tmp_path / "run" / "metrics.jsonl")) < 6
+    runs.trained(config)
+    assert_areas_are_those_of_the_rates(tmp_path / "run", None)
 
 
 def test_a_child_begins_with_an_anchor_of_its_own(base, data, tmp_path):
