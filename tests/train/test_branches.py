@@ -122,10 +122,13 @@ def test_the_path_goes_on_as_if_nothing_had_been(data, path, tmp_path, ranks):
     runs.trained(tmp_path / "branch" / "run.yaml", ranks=ranks)
     assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
     runs.trained(config, ranks=ranks)
-    if ranks == 1:
-        found, expected = runs.story(output), runs.story(path)
-        assert set(found["checkpoints"]) - set(expected["checkpoints"]) == {"step-00000006"}  # where it was stopped
-        runs.assert_same_story({**found, "checkpoints": expected["checkpoints"]}, expected)
+    unbroken = path
+    if ranks > 1:
+        unbroken = tmp_path / "unbroken"
+        runs.trained(path_settings(data, unbroken), ranks=ranks)
+    found, expected = runs.story(output), runs.story(unbroken)
+    assert set(found["checkpoints"]) - set(expected["checkpoints"]) == {"step-00000006"}  # where it was stopped
+    runs.assert_same_story({**found, "checkpoints": expected["checkpoints"]}, expected)
     expected = chain.lengthen(chain.START, identities(path, 6, 2))
     assert runs.lines(tmp_path / "branch" / "order.jsonl")[-1]["chain"] == expected
 
