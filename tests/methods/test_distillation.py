@@ -76,22 +76,23 @@ def told(engine, mesh, first: int, last: int, documents: bool = False) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "axes", "stages", "documents"),
+    ("ranks", "axes", "stages", "documents", "more"),
     [
-        (1, {}, (1,), False),
-        (2, {}, (0, 1, 2, 3), True),
-        (2, {"tensor": 2}, (1, 3), True),
-        (2, {"tensor": 2}, (0,), False),
-        (2, {"sequence": 2}, (1, 3), True),
-        (2, {"pipeline": 2}, (0, 1), True),
-        (3, {"pipeline": 3}, (1,), False),
-        (4, {"pipeline": 2}, (1,), True),
-        (4, {"pipeline": 2, "tensor": 2}, (0, 1), True),
+        (1, {}, (1,), False, {}),
+        (2, {}, (0, 1, 2, 3), True, {}),
+        (2, {"tensor": 2}, (1, 3), True, {}),
+        (2, {"tensor": 2}, (0,), False, {}),
+        (2, {"tensor": 2}, (1,), False, {"shares_norms": True}),
+        (2, {"sequence": 2}, (1, 3), True, {}),
+        (2, {"pipeline": 2}, (0, 1), True, {}),
+        (3, {"pipeline": 3}, (1,), False, {}),
+        (4, {"pipeline": 2}, (1,), True, {}),
+        (4, {"pipeline": 2, "tensor": 2}, (0, 1), True, {}),
     ],
     ids=str,
 )
-def test_losses_masters_and_divergences_are_those_of_plain_torch(ranks, axes, stages, documents):
-    work = lambda mesh: [told(start(mesh, zero), mesh, 0, NUM_STEPS, documents) for zero in stages]  # noqa: E731
+def test_losses_masters_and_divergences_are_those_of_plain_torch(ranks, axes, stages, documents, more):
+    work = lambda mesh: [told(start(mesh, zero, **more), mesh, 0, NUM_STEPS, documents) for zero in stages]  # noqa: E731
     expected = reference(documents)
     for of_ranks in zip(*on_ranks(ranks, work, **axes), strict=True):
         for one in of_ranks:
