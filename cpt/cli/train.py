@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 
 from cpt.config import Fault, as_mapping
+from cpt.observe.attempts import note_end_before_start
 from cpt.observe.logs import keep_in_file, log_to_terminal
 from cpt.parallel.health import check_health
 from cpt.parallel.mesh import num_gpus, open_mesh
@@ -34,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     log_to_terminal(place.rank)
     # All ranks find the same faults in the settings, and the first one tells; what comes later a rank may find alone.
     is_everybodys, has_met = True, False
+    settings = None
     try:
         plan = read_versions(arguments.settings)
         settings = plan.main if plan else read_run(arguments.settings)
@@ -49,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
             local_size=place.local_world_size,
             address=place.master_address,
             port=place.master_port,
+            start=f"{place.start} with output = {settings.output}",
             watch=settings.watch,
         ) as mesh:
             has_met = True
@@ -73,9 +77,14 @@ def run(arguments: argparse.Namespace) -> int:
     except Fault as fault:
         if has_met:
             keep_in_file(fault.lines)
+        # Where there is a folder already, a supervisor may want to know; launchers lose exit statuses.
+        if fault.is_passing and settings and os.path.isdir(settings.output):
+            where = {"rank": place.rank, "node": socket.gethostname()}
+            note_end_before_start(settings.output, "; ".join(fault.lines), **where)
         if place.rank == 0 or not (is_everybodys or has_met):
             raise
         if has_met:
-            raise Fault(f"rank {place.rank}: {line}" for line in fault.lines) from None
-        return 2
+            lines = [f"rank {place.rank}: {line}" for line in fault.lines]
+            raise Fault(lines, is_passing=fault.is_passing) from None
+        return 1 if fault.is_passing else 2
     return 128 + outcome.signal if outcome.signal else 0

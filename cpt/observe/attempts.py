@@ -1,6 +1,7 @@
 """What became of each start of a run, and when: `attempts.jsonl` of its folder, a line an event, never rewritten.
 
     submitted --> started --> training --> ended            an attempt as it should be
+              --> ended, has_started: false                 it could not take the folder, or its ranks did not meet
                                        (nothing)            its processes were killed: the next `started` tells
     restarting, requeued                                    what the supervisor made of an end
 
@@ -16,7 +17,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,44 @@ def note_end(folder: Path, **fields: Any) -> bool:
     """
     with _alone_with(folder):
         try:
-            events = [one["event"] for one in read_attempts(folder) if one["event"] in ("started", "ended")]
+            events = [one["event"] for one in read_attempts(folder) if one["event"] == "started" or is_of_started(one)]
         except OSError as error:  # the disk may be why it ends
             _log.warning("%s: ended cannot be noted: %s", folder / ATTEMPTS, error.strerror)
             return False
         return events[-1:] == ["started"] and note_attempt(folder, "ended", **fields)
+
+
+def note_end_before_start(folder: Path, reason: str, **fields: Any) -> bool:
+    """Note that an attempt `ended` that could not start, for a reason that may pass; False if an end is noted already.
+
+    It may be that another attempt goes on in the folder: such an end is none of its.
+    """
+    with _alone_with(folder):
+        try:
+            events = [one["event"] for one in read_attempts(folder)]
+        except OSError:
+            return False
+        events = [event for event in events if event in ("launched", "started", "ended")]
+        if events[-1:] == ["ended"]:
+            return False
+        fields = {"how": FAILED, "reason": reason, **fields, "is_final": False, "has_started": False}
+        return note_attempt(folder, "ended", **fields)
+
+
+def is_of_started(event: dict[str, Any]) -> bool:
+    """Whether it is the end of an attempt that had started."""
+    return event["event"] == "ended" and event.get("has_started", True)
+
+
+def last_end(events: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The `ended` after which nothing was started; None if there is none.
+
+    Where some attempt started, ends of those that could not start are passed over.
+    """
+    told = [event for event in events if event["event"] in ("started", "ended")]
+    if any(event["event"] == "started" for event in told):
+        told = [event for event in told if event["event"] == "started" or is_of_started(event)]
+    return told[-1] if told and told[-1]["event"] == "ended" else None
 
 
 @contextmanager

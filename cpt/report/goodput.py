@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cpt.observe.attempts import is_of_started
+
 # Who notes them is no process of the attempt.
 _OF_SUPERVISOR = ("submitted", "launched", "restarting", "requeued", "not_requeued", "left")
 
@@ -121,7 +123,7 @@ def _end(
 ) -> float:
     """When the attempt of the events from `begin` to before `stop` ended: it says so, or its steps do."""
     attempt, next_start = events[begin:stop], events[stop] if stop < len(events) else None
-    if ended := [event for event in attempt if event["event"] == "ended"]:
+    if ended := [event for event in attempt if is_of_started(event)]:
         return ended[-1]["time"]
     of_run = [event["time"] for event in attempt if event["event"] not in _OF_SUPERVISOR]
     training = next((event["time"] for event in attempt if event["event"] == "training"), None)

@@ -108,5 +108,5 @@ def _note_failure(folder: Path, mesh: Mesh, error: BaseException) -> None:
         reason=reason,
         rank=None if is_everybodys else mesh.rank,
         node=None if is_everybodys else socket.gethostname(),
-        is_final=getattr(error, "is_final", isinstance(error, Fault)),
+        is_final=getattr(error, "is_final", isinstance(error, Fault) and not error.is_passing),
     )

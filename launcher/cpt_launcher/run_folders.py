@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cpt.observe.attempts import read_attempts
+from cpt.observe.attempts import last_end, read_attempts
 
 # cpt.checkpoint and the ranks know these too; to import those would take torch, and so seconds.
 FINISHED_FILE, STOP_FILE = "finished.json", "stop"
@@ -58,8 +58,7 @@ class RunFolders:
 
     def end_after(self, after: Sequence[int | None]) -> dict[str, Any] | None:
         """The `ended` that was noted after so many events, and after which nothing was started; None if none was."""
-        told = [event for event in self.events(after) if event["event"] in ("started", "ended")]
-        return told[-1] if told and told[-1]["event"] == "ended" else None
+        return last_end(self.events(after))
 
     def have_stop_file(self) -> bool:
         """Whether somebody asks by file to stop."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cpt.observe.attempts import FINISHED, STOPPED
+from cpt.observe.attempts import FINISHED, STOPPED, is_of_started
 from cpt.observe.speed import as_duration
 from cpt_launcher.slurm import Job
 from cpt_launcher.verdict import CANNOT_WORK, ended_told
@@ -102,7 +102,7 @@ def num_failures(events: Sequence[dict[str, Any]]) -> int:
         if event["event"] == "started":
             failures += is_open
             is_open = True
-        elif event["event"] == "ended":
+        elif is_of_started(event):
             failures += event.get("how") not in (STOPPED, FINISHED)
             is_open = False
     return failures
@@ -111,7 +111,8 @@ def num_failures(events: Sequence[dict[str, Any]]) -> int:
 def _at_work(facts: Facts, last: dict[str, dict[str, Any]]) -> Where:
     if "restarting" in last and not facts.is_taken:
         return _paused(last["restarting"])
-    if "ended" in last:
+    # Who could not start, because another one is at work there, does not end it.
+    if "ended" in last and (is_of_started(last["ended"]) or not facts.is_taken):
         told = ended_told(last["ended"])
         return Where("running", f"ending: {told}" if told else "ending")
     if facts.has_stop_file:

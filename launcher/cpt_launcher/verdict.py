@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cpt.observe.attempts import STOPPED
+from cpt.observe.attempts import STOPPED, last_end
 
 CANNOT_WORK = 2  # the exit status of a request that cannot work; so ends Python, too, when there is no such script
 
@@ -52,9 +52,9 @@ def verdict_of(status: int, asked: int | None, is_finished: bool, events: Sequen
     """
     if is_finished:
         return Verdict("finished", "the run is finished")
-    ended = next((event for event in reversed(events) if event["event"] == "ended"), {})
+    ended = last_end(events) or {}
     told = ended_told(ended)
-    if status == CANNOT_WORK:
+    if status == CANNOT_WORK and ended.get("is_final", True):
         return Verdict("refused", told or "the request cannot work; the lines above say why")
     if ended.get("is_final"):
         return Verdict("final", told or "the run says that it would end in the same way again")

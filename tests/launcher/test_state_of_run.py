@@ -143,3 +143,18 @@ def test_failures_are_those_that_said_so_and_those_that_could_not():
 def test_a_line_of_scontrol_is_read():
     line = "JobId=7 JobName=a b UserId=me(1) JobState=PENDING Reason=Resources NodeList=(null) StartTime=Unknown"
     assert job_of_line("7", line) == Job("7", "PENDING", "Resources", None)
+
+
+REFUSED = event("ended", how="failed", reason="another process is training there", has_started=False)
+
+
+def test_who_could_not_start_does_not_end_the_one_that_is_at_work():
+    assert where(Facts([*RUNNING, REFUSED], NOW, is_taken=True, **HERE)).state == "running"
+    assert num_failures([*RUNNING, REFUSED]) == 0
+
+
+def test_why_an_attempt_could_not_start_is_told():
+    left = event("left", status=1, reason="4 failure(s) without a newer checkpoint, the last one: no ranks")
+    found = where(Facts([SUBMITTED, LAUNCHED, REFUSED], NOW, was_asked=True, **HERE))
+    assert (found.state, found.reason) == ("failed", "another process is training there")
+    assert where(Facts([SUBMITTED, LAUNCHED, REFUSED, left], NOW, was_asked=True, **HERE)).reason == left["reason"]

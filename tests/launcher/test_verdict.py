@@ -26,6 +26,18 @@ def test_a_request_that_cannot_work_is_refused():
     assert verdict_of(2, None, False, []).end == "refused"
 
 
+def test_a_request_of_which_the_run_says_that_it_may_pass_is_not_refused():
+    told = ended("failed", reason="ranks 2 and 3 did not come", is_final=False, has_started=False)
+    verdict = verdict_of(2, None, False, [told])
+    assert (verdict.end, verdict.reason) == ("failed", "ranks 2 and 3 did not come")
+
+
+def test_what_another_attempt_says_that_could_not_start_is_not_the_word_of_the_one_that_did():
+    refused = ended("failed", reason="another process is training there", is_final=False, has_started=False)
+    verdict = verdict_of(137, None, False, [{"event": "started", "time": 1.0}, refused])
+    assert verdict.reason == "ended by signal 9 without a word"
+
+
 def test_a_final_end_is_told_by_the_run_though_srun_hides_its_status():
     verdict = verdict_of(143, None, False, [ended("failed", reason="loss is not finite", is_final=True)])
     assert (verdict.end, verdict.reason) == ("final", "loss is not finite")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 
-from cpt.observe.attempts import ATTEMPTS, note_attempt, note_end, read_attempts
+from cpt.observe.attempts import ATTEMPTS, last_end, note_attempt, note_end, note_end_before_start, read_attempts
 
 
 def test_events_come_back_in_their_order(tmp_path):
@@ -64,3 +64,20 @@ def test_ranks_that_find_together_that_it_is_over_tell_it_once(tmp_path):
 def test_what_never_started_does_not_end(tmp_path):
     assert not note_end(tmp_path, how="failed")
     assert read_attempts(tmp_path) == []
+
+
+def test_an_attempt_that_could_not_start_is_noted_once_with_its_reason(tmp_path):
+    note_attempt(tmp_path, "launched")
+    assert note_end_before_start(tmp_path, "ranks did not come", rank=0)
+    assert not note_end_before_start(tmp_path, "ranks did not come", rank=1)
+    ended = last_end(read_attempts(tmp_path))
+    assert (ended["how"], ended["reason"], ended["rank"]) == ("failed", "ranks did not come", 0)
+    assert ended["is_final"] is False and ended["has_started"] is False
+
+
+def test_an_attempt_that_could_not_start_does_not_end_one_that_goes_on(tmp_path):
+    note_attempt(tmp_path, "started")
+    assert note_end_before_start(tmp_path, "another process is training there")
+    assert last_end(read_attempts(tmp_path)) is None
+    assert note_end(tmp_path, how="finished")
+    assert last_end(read_attempts(tmp_path))["how"] == "finished"

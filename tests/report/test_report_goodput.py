@@ -108,6 +108,19 @@ def test_an_attempt_begins_with_its_process_and_not_before_the_one_before_ended(
     assert seconds_by_cause(account) == {"start": 31.0 + 11.0 + 8.0, "training": 8.0, "down": 5.0}
 
 
+def test_an_attempt_that_could_not_start_takes_none_of_the_time_of_the_one_before():
+    events = [
+        at(0, "started", step=0),
+        at(1, "training", step=0),
+        at(3, "ended", how="failed", step=1),
+        at(9, "ended", how="failed", has_started=False),
+        at(20, "started", step=0),
+        at(21, "training", step=0),
+        at(23, "ended", how="finished", step=1),
+    ]
+    assert seconds_by_cause(goodput(events, [step(1)], []))["down"] == 17.0
+
+
 def test_a_restart_in_place_is_down_time_and_no_time_in_the_queue():
     events = [
         at(0, "submitted", job="7"),

@@ -11,6 +11,7 @@ from cpt_harness import runs
 from cpt_harness.ranks import RankError
 
 from cpt.config import Fault
+from cpt.observe.attempts import note_attempt, read_attempts
 
 
 @pytest.fixture
@@ -59,9 +60,9 @@ def wrong(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("where", "rank", "does", "status", "told"),
     [
-        ("refuse_other_contents", 1, wrong, 2, "rank 1: this cannot work"),
+        ("refuse_other_contents", 1, wrong, 1, "rank 1: this cannot work"),  # of its machine: it may pass
         ("refuse_bad_stages", 0, wrong, 2, "this cannot work"),
-        ("open_corpora", 1, wrong, 2, "rank 1: this cannot work"),
+        ("open_corpora", 1, wrong, 1, "rank 1: this cannot work"),
         ("write_yaml", 0, full_disk, 1, "a/file: No space left on device"),
         ("log_to_file", 1, full_disk, 1, "a/file: No space left on device"),
         ("Journal", 0, full_disk, 1, "a/file: No space left on device"),
@@ -79,6 +80,24 @@ def test_what_one_rank_cannot_prepare_ends_all_with_one_message(config, where, r
     assert [status for status, _ in ended] == [status, status]
     assert ended[rank][1].splitlines()[-1] == f"cpt train: {told}"
     assert "cpt train:" not in ended[1 - rank][1] and "Traceback" not in ended[0][1] + ended[1][1]
+
+
+def test_where_a_run_was_launched_a_fault_of_one_machine_is_noted_as_an_end_that_may_pass(config, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    note_attempt(run, "launched")
+
+    def before() -> None:
+        import cpt.train
+
+        if is_rank(1):
+            cpt.train.open_corpora = wrong
+
+    ended = runs.cpt("train", config, ranks=2, before=before, seconds=40)
+    assert [status for status, _ in ended] == [1, 1]
+    (told,) = [event for event in read_attempts(run) if event["event"] == "ended"]
+    assert (told["how"], told["reason"], told["rank"]) == ("failed", "this cannot work", 1)
+    assert told["is_final"] is False
 
 
 def test_a_folder_that_cannot_be_made_is_told_once_and_ends_all_ranks(config, tmp_path):
