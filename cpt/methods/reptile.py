@@ -4,9 +4,10 @@
     velocity := momentum * velocity + way
     weights  := anchor + step_size * velocity;  anchor := weights        (without momentum: a share of the way is kept)
 
-Each rank interpolates the pieces that it owns; nothing is sent but the refresh of the low-precision weights. With
-replay in the batch this is called meta-experience replay; with `every: 5, step_size: 0.5` it is Lookahead; with `every:
-500, step_size: 0.7, momentum: 0.9, nesterov: true` it is DiLoCo's outer step, for ranks that also meet in between.
+Each rank interpolates the pieces that it owns; an outer step sends nothing but the refresh of the low-precision weights
+and two sums of one number a rank, for the log. With replay in the batch this is called meta-experience replay; with
+`every: 5, step_size: 0.5` it is Lookahead; with `every: 500, step_size: 0.7, momentum: 0.9, nesterov: true` it is
+DiLoCo's outer step, for ranks that also meet in between.
 Source: Abbes et al. 2025, arXiv:2508.01908; Nichol et al. 2018, arXiv:1803.02999; Zhang et al. 2019, arXiv:1907.08610
 (Lookahead); Douillard et al. 2023, arXiv:2311.08105 (DiLoCo).
 """

@@ -1,4 +1,7 @@
-"""Reptile under any ZeRO stage is Reptile on one device: same numbers, kept through checkpoints, on updates only."""
+"""Reptile under any ZeRO stage is Reptile on one device: same numbers, kept through checkpoints, on updates only.
+
+`pytest -m "long or not long" -s tests/methods/test_reptile.py` prints the table of docs/LEARNING.md.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from cpt.progress import Progress
 from cpt_kernels import Settings, choose
 
 NUM_STEPS, EVERY, STEP_SIZE = 10, 3, 0.4
+KEPT = ("anchor", "velocity")
 TOLERANCE = 1e-6  # docs/LEARNING.md has what was measured
 STAGES = (0, 1, 2, 3)
 
@@ -88,14 +92,27 @@ def steps_told(engine, mesh, first: int, last: int) -> tuple[list[float], list[d
     return losses, reports
 
 
-def assert_near(masters: dict, expected: dict) -> None:
+def assert_near(masters: dict, expected: dict) -> float:
+    """The largest difference of any element."""
     assert masters.keys() == expected.keys()
-    for name in expected:
-        assert (masters[name] - expected[name]).abs().max() < TOLERANCE, name
+    differences = {name: (masters[name] - expected[name]).abs().max().item() for name in expected}
+    assert max(differences.values()) < TOLERANCE, differences
+    return max(differences.values())
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_losses_masters_and_displacements_equal_those_of_the_unsharded_computation(ranks):
+@pytest.fixture(scope="module")
+def table():
+    """For `(mesh, ranks)` and a ZeRO stage, the largest difference of the masters; printed in the end."""
+    found: dict[tuple[str, int], dict[int, float]] = {}
+    yield found
+    print("\n| mesh | ranks | ZeRO | difference |\n|---|---|---|---|")
+    for (mesh, ranks), of_stages in found.items():
+        stages = ", ".join(map(str, sorted(of_stages)))
+        print(f"| {mesh} | {ranks} | {stages} | {max(of_stages.values()):.1e} |")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.long)])
+def test_losses_masters_and_displacements_equal_those_of_the_unsharded_computation(ranks, table):
     def work(mesh):
         told = []
         for zero in STAGES:
@@ -105,14 +122,16 @@ def test_losses_masters_and_displacements_equal_those_of_the_unsharded_computati
         return told
 
     expected = reference()
-    for of_ranks in zip(*on_ranks(ranks, work), strict=True):
+    of_stages = table.setdefault(("data, against plain torch, with and without accumulation", ranks), {})
+    for index, of_ranks in enumerate(zip(*on_ranks(ranks, work, 300.0), strict=True)):
         for losses, reports, _ in of_ranks:
             assert losses == pytest.approx(expected["loss"], abs=TOLERANCE)
             told = [report["method/reptile/displacement"] for report in reports if report]
             assert told == pytest.approx(expected["displacement"], rel=1e-5)
             assert [step for step, report in enumerate(reports) if report] == [2, 5, 8]
             assert reports[2]["method/reptile/kept"] == pytest.approx(STEP_SIZE, rel=1e-5)
-        assert_near(tiny.join([fragments for _, _, fragments in of_ranks]), expected["masters"])
+        difference = assert_near(tiny.join([fragments for _, _, fragments in of_ranks]), expected["masters"])
+        of_stages[STAGES[index // 2]] = max(difference, of_stages.get(STAGES[index // 2], 0.0))
 
 
 class ExactGradients(nn.Module):
@@ -170,7 +189,7 @@ def exact_reference() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_where_gradients_are_exact_so_are_the_masters_to_the_bit(ranks):
+def test_where_gradients_are_exact_so_are_the_masters_to_the_bit(ranks, table):
     """What is left between meshes elsewhere is the order of sums in the gradients, nothing of the outer step."""
 
     def work(mesh):
@@ -185,18 +204,23 @@ def test_where_gradients_are_exact_so_are_the_masters_to_the_bit(ranks):
         return told
 
     expected = exact_reference()
-    for of_ranks in zip(*on_ranks(ranks, work), strict=True):
+    of_stages = table.setdefault(("data, gradients that are exact however they are summed", ranks), {})
+    for zero, of_ranks in zip(STAGES, zip(*on_ranks(ranks, work), strict=True), strict=True):
         masters = tiny.join(of_ranks)
         for name in expected:
             assert torch.equal(masters[name], expected[name]), name
+        of_stages[zero] = 0.0
 
 
 MESHES = [(2, {"tensor": 2}, (0, 1, 3)), (2, {"pipeline": 2}, (0, 1)), (4, {}, (0, 2, 3)), (2, {"sequence": 2}, (2,)),
           (4, {"pipeline": 2, "tensor": 2}, (1,)), (4, {"tensor": 2}, (1, 2))]  # fmt: skip
+# The other ZeRO stages of each, and what is left of the table.
+MORE = [(2, {"tensor": 2}, (2,)), (4, {"tensor": 2}, (0, 3)), (4, {"pipeline": 2}, (0, 1)), (4, {}, (1,)),
+        (2, {"sequence": 2}, (0, 1, 3)), (4, {"pipeline": 2, "tensor": 2}, (0,))]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", MESHES, ids=str)
-def test_on_every_mesh_it_is_the_unsharded_computation(case):
+@pytest.mark.parametrize("case", [*MESHES, *(pytest.param(one, marks=pytest.mark.long) for one in MORE)], ids=str)
+def test_on_every_mesh_it_is_the_unsharded_computation(case, table):
     ranks, axes, stages = case
     settings = dataclasses.replace(tiny.LLAMA, heads=4, kv_heads=2, head_width=6)
 
@@ -211,11 +235,13 @@ def test_on_every_mesh_it_is_the_unsharded_computation(case):
         return told
 
     ((losses, reports, fragments), *_) = on_ranks(1, work)[0]
-    for of_ranks in zip(*on_ranks(ranks, work, **axes), strict=True):
+    mesh = " x ".join(f"{axis} {size}" for axis, size in axes.items()) or "data"
+    of_stages = table.setdefault((mesh, ranks), {})
+    for zero, of_ranks in zip(stages, zip(*on_ranks(ranks, work, **axes), strict=True), strict=True):
         for mine, told, _ in of_ranks:
             assert mine == pytest.approx(losses, abs=TOLERANCE)
             assert told == [pytest.approx(report, rel=1e-4) for report in reports]
-        assert_near(tiny.join([one for _, _, one in of_ranks]), tiny.join([fragments]))
+        of_stages[zero] = assert_near(tiny.join([one for _, _, one in of_ranks]), tiny.join([fragments]))
 
 
 @pytest.mark.parametrize("outer", [{"momentum": 0.9}, {"momentum": 0.6, "nesterov": True}], ids=str)
@@ -260,15 +286,25 @@ def test_a_stage_begins_with_a_new_anchor_where_that_is_asked_for():
             first = steps_told(engine, mesh, 0, 4)[1]
             engine.end_stage(Progress(step=4))
             begins_at = tiny.fragments(engine)
-            second = steps_told(engine, mesh, 4, 8)[1]
-            told.append([[step for step, report in enumerate(first + second) if report], begins_at])
+            second = steps_told(engine, mesh, 4, 5)[1]
+            kept = {name: tiny.fragments_of(engine.masters.pieces, one.state_dict()[name]) for name in KEPT}
+            second += steps_told(engine, mesh, 5, 8)[1]
+            windows_end = [step for step, report in enumerate(first + second) if report]
+            told.append((windows_end, begins_at, kept["anchor"], kept["velocity"]))
         return told
 
-    ((never, at_start),) = on_ranks(1, work)
-    assert never[0] == [2, 5] and at_start[0] == [2, 6]
+    (of_settings,) = on_ranks(1, work)
+    (never, *_, old_velocity), (at_start, begins_at, anchor, velocity) = of_settings
+    assert never == [2, 5] and at_start == [2, 6]
+    begins_at, anchor = tiny.join([begins_at]), tiny.join([anchor])
+    assert all(torch.equal(anchor[name], begins_at[name]) for name in begins_at)
+    assert all(bool(values.any()) for values in tiny.join([old_velocity]).values()), "there is something to lose"
+    assert not any(bool(values.any()) for values in tiny.join([velocity]).values())
 
 
 def test_an_anchor_in_host_memory_is_the_same_method():
+    """Of the setting: on a CPU the anchor lies in host memory either way, so that only a GPU could show the copying."""
+
     def work(mesh):
         engine = tiny.start_engine(mesh, methods=[method(anchor_on="host", momentum=0.5)])
         on_host = steps_told(engine, mesh, 0, 6)
@@ -369,23 +405,23 @@ def test_it_matters():
     assert min(differences) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("left_at", [2, 4])
-def test_a_run_taken_up_in_the_middle_of_a_window_on_another_mesh_and_stage_goes_on_the_same(tmp_path, left_at):
+@pytest.mark.parametrize(("left_at", "warmup"), [(2, 0), (4, 2)])  # the latter within the second of the warm-up
+def test_a_run_taken_up_in_the_middle_of_a_window_on_another_mesh_and_stage_goes_on_the_same(tmp_path, left_at, warmup):
     def leave(mesh):
-        engine = tiny.start_engine(mesh, zero=1, methods=[method()])
+        engine = tiny.start_engine(mesh, zero=1, methods=[method(warmup_windows=warmup)])
         tiny.take_steps(engine, mesh, 0, left_at)
         engine.save(tmp_path / "left", {})
 
     def go_on(mesh):
         told = []
         for zero in (0, 3):
-            engine = tiny.start_engine(mesh, zero=zero, methods=[method()], fill=False)
+            engine = tiny.start_engine(mesh, zero=zero, methods=[method(warmup_windows=warmup)], fill=False)
             engine.load(Checkpoint(tmp_path / "left"), with_optimizer=True, with_methods=True)
             told.append((*steps_told(engine, mesh, left_at, NUM_STEPS), tiny.fragments(engine)))
         return told
 
     on_ranks(2, leave)
-    expected = reference()
+    expected = reference(warmup_windows=warmup)
     for ranks in (1, 4):
         for of_ranks in zip(*on_ranks(ranks, go_on), strict=True):
             assert of_ranks[0][0] == pytest.approx(expected["loss"][left_at:], abs=TOLERANCE)
