@@ -3,6 +3,8 @@
     first rank    binds address:port  -->  store  <--  the others connect, and say that they are there
                   "waits for ranks 3 and 5" every minute, until all are there or time is up
 
+Before a rank says anything it looks whose store it has found: another run may have come to the port first.
+
 Under torchrun the store is its agent's, and listens where that pleases. A process by itself needs no socket.
 """
 
@@ -13,8 +15,10 @@ import errno
 import fcntl
 import ipaddress
 import logging
+import os
 import socket
 import struct
+import threading
 import time
 
 import torch.distributed as dist
@@ -25,39 +29,103 @@ _log = logging.getLogger(__name__)
 
 _TELL_SECONDS = 60.0
 _HEARING_SECONDS = 10.0
+_LOOKING_SECONDS = 5.0  # at who has taken the port
 _WAITING_CONNECTIONS = 4096
+_OURS = "cpt's run"  # where the first rank says which start this is
 
 
 def open_store(
-    address: str, port: int, rank: int, size: int, *, is_on_one_machine: bool, is_kept_by_agent: bool, seconds: float
-) -> dist.Store:
+    address: str, port: int, rank: int, size: int, *, is_on_one_machine: bool, is_kept_by_agent: bool, seconds: float,
+    start: str = "",
+) -> dist.Store:  # fmt: skip
     """The store at which `size` ranks meet, when all of them are there.
 
-    Raises Fault if the port is taken, the first rank cannot be reached, or some do not come within `seconds`.
+    `start` tells this start from others, and all its ranks know it without talking. Raises a passing Fault if the port
+    is taken, the first rank cannot be reached or is another start's, or some do not come within `seconds`.
     """
     if size == 1:
         return dist.HashStore()
-    timeout = datetime.timedelta(seconds=seconds)
     listening = None
     if rank == 0 and not is_kept_by_agent:
         listening = _listen(address, port, is_on_one_machine)
     try:
-        store = dist.TCPStore(
-            address,
-            port,
-            size,
-            is_master=listening is not None,
-            timeout=timeout,
-            wait_for_workers=False,
-            master_listen_fd=None if listening is None else listening.detach(),
-        )
+        store = _connected(address, port, size, seconds, listening)
+        if store is None:
+            raise Fault(
+                f"rank {rank} on {socket.gethostname()} finds at {address}:{port} a program that is none of ours and "
+                f"does not answer; {_OTHER_PORT}",
+                is_passing=True,
+            )
+        _refuse_strangers(store, f"{address}:{port}", rank, start, is_kept_by_agent)
         _gather(store, rank, size, seconds)
     except dist.DistError as error:
         raise Fault(
             f"rank {rank} on {socket.gethostname()} could not meet the others at {address}:{port}: "
-            f"{str(error).splitlines()[0]}"
+            f"{str(error).splitlines()[0]}",
+            is_passing=True,
         ) from None
     return store
+
+
+_OTHER_PORT = "name a free port: deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT=N"
+
+
+def _connected(
+    address: str, port: int, size: int, seconds: float, listening: socket.socket | None = None
+) -> dist.Store | None:
+    """The store at this address, of which this process is the keeper if it listens; None if nobody answers there."""
+    found: list[dist.Store | Exception] = []
+
+    def connect() -> None:
+        try:
+            handle = None if listening is None else listening.detach()
+            found.append(
+                dist.TCPStore(
+                    address, port, size, is_master=handle is not None, timeout=datetime.timedelta(seconds=seconds),
+                    wait_for_workers=False, master_listen_fd=handle,
+                )
+            )  # fmt: skip
+        except Exception as error:  # handed over to who asked
+            found.append(error)
+
+    # torch waits for ever for a program that accepts and does not answer, whatever the time-out.
+    connecting = threading.Thread(target=connect, daemon=True)
+    connecting.start()
+    connecting.join(seconds + _LOOKING_SECONDS)
+    if found and isinstance(found[0], Exception):
+        raise found[0]
+    return found[0] if found else None
+
+
+def _refuse_strangers(store: dist.Store, place: str, rank: int, start: str, is_kept_by_agent: bool) -> None:
+    """Raise a passing Fault if this store is another start's, or another process has come as this rank."""
+    here = f"process {os.getpid()} on {socket.gethostname()}"
+    # The others wait until the first rank has said it.
+    theirs = (store.compare_set(_OURS, "", start) if rank == 0 else store.get(_OURS)).decode()
+    if theirs != start:
+        raise Fault(
+            f"rank {rank}, {here}, belongs to {start or 'a run'}, and finds {theirs or 'another run'} at {place}; "
+            f"{_OTHER_PORT}",
+            is_passing=True,
+        )
+    if is_kept_by_agent:  # it may serve several starts one after another
+        store.set(f"here/{rank}", here)
+        return
+    if (other := store.compare_set(f"here/{rank}", "", here).decode()) != here:
+        raise Fault(
+            f"rank {rank}, {here}, finds {other} at {place}, which has come as rank {rank} before: another start of "
+            f"the same run meets there; {_OTHER_PORT}",
+            is_passing=True,
+        )
+
+
+def _who_is_at(address: str, port: int) -> str:
+    """Which start has taken this port, as a few words; `another program` if it does not say."""
+    try:
+        store = _connected(address, port, 2, _LOOKING_SECONDS)
+        return store.get(_OURS).decode() or "another run" if store is not None else "another program"
+    except (dist.DistError, ValueError):
+        return "another program"
 
 
 def _listen(address: str, port: int, is_on_one_machine: bool) -> socket.socket:
@@ -65,7 +133,8 @@ def _listen(address: str, port: int, is_on_one_machine: bool) -> socket.socket:
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
-        raise Fault(f"rank 0 cannot find the address {address} (MASTER_ADDR): {error.strerror}") from None
+        told = f"rank 0 cannot find the address {address} (MASTER_ADDR): {error.strerror}"
+        raise Fault(told, is_passing=True) from None
     listening = socket.socket(family, kind, protocol)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     anywhere = "::" if family == socket.AF_INET6 else "0.0.0.0"
@@ -80,11 +149,9 @@ def _listen(address: str, port: int, is_on_one_machine: bool) -> socket.socket:
     except OSError as error:
         listening.close()
         if error.errno != errno.EADDRINUSE:
-            raise Fault(f"rank 0 cannot listen at {address}:{port}: {error.strerror}") from None
-        raise Fault(
-            f"port {port} on {address} is taken by another program; name a free one: "
-            "deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT=N"
-        ) from None
+            raise Fault(f"rank 0 cannot listen at {address}:{port}: {error.strerror}", is_passing=True) from None
+        who = _who_is_at(address, port)
+        raise Fault(f"port {port} on {address} is taken by {who}; {_OTHER_PORT}", is_passing=True) from None
     return listening
 
 
@@ -100,13 +167,12 @@ def _bind(listening: socket.socket, place: tuple, anywhere: str, address: str) -
 
 def _gather(store: dist.Store, rank: int, size: int, seconds: float) -> None:
     """Return when every rank has come; the first one says for whom it waits. Raises Fault when time is up."""
-    store.set(f"here/{rank}", socket.gethostname())
     if rank > 0:
         store.wait(["all here"], datetime.timedelta(seconds=seconds + _TELL_SECONDS))
         reason = store.get("all here").decode()
         store.add("heard", 1)
         if reason:
-            raise Fault(f"{reason}; rank 0 says so too")
+            raise Fault(f"{reason}; rank 0 says so too", is_passing=True)
         return
     began, told = time.monotonic(), time.monotonic()
     missing = list(range(size))
@@ -118,7 +184,7 @@ def _gather(store: dist.Store, rank: int, size: int, seconds: float) -> None:
                 f"see whether they were started, and whether their machines reach {socket.gethostname()}"
             )
             _end_with(store, reason, size - 1 - len(missing))
-            raise Fault(reason)
+            raise Fault(reason, is_passing=True)
         if time.monotonic() - told > _TELL_SECONDS:
             told = time.monotonic()
             _log.warning("rank 0 waits for %s of %d, since %.0f s", told_numbers(missing), size, waited)

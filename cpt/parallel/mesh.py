@@ -260,10 +260,12 @@ def open_mesh(
     local_size: int,
     address: str,
     port: int,
+    start: str = "",
     watch: watching.Settings | None = None,
 ) -> Iterator[Mesh]:
     """Connect the ranks (NCCL with GPUs, gloo without) and part from them at the end.
 
+    `start`: what tells this start from others that may meet at the same port; all its ranks know it without talking.
     `watch`: how to find out who is gone or hangs meanwhile; None: nobody looks.
 
     Raises Fault if the ranks cannot be cut as the settings say, or if the meeting point cannot be used: the port is
@@ -284,7 +286,7 @@ def open_mesh(
     is_kept_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = open_store(
         address, port, rank, size, is_on_one_machine=size == local_size, is_kept_by_agent=is_kept_by_agent,
-        seconds=settings.timeout_seconds,
+        seconds=settings.timeout_seconds, start=start,
     )  # fmt: skip
     signs = Watch(watch, rank, size)
     signs.open(store.clone() if size > 1 else None, ends_with_first=not is_kept_by_agent)
@@ -294,7 +296,8 @@ def open_mesh(
                 "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=timeout
             )
         except dist.DistError as error:
-            raise Fault(f"rank {rank} could not meet the others: {str(error).splitlines()[0]}") from None
+            told = f"rank {rank} could not meet the others: {str(error).splitlines()[0]}"
+            raise Fault(told, is_passing=True) from None
         with signs.guarding():
             yield _grid(settings, rank, size, local_rank, device, signs)
             # Parting while another rank still talks ends that one with a network error instead of its own.

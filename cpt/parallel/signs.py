@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch.distributed as dist
 
@@ -65,6 +66,11 @@ class Signs:
         if quiet[0] > limit and not (self._signs[0].is_closed and self._error is None):
             return lost_verdict(self._signs, [0], quiet[0], self._limits, has_evidence)
         return None
+
+    @property
+    def is_announced(self) -> bool:
+        """Whether the first rank has said why the run ends."""
+        return self._announced is not None
 
     def forgive(self) -> None:
         """This process did not run for a while: silence is counted anew."""
@@ -119,15 +125,27 @@ class Signs:
         if self._rank == 0:
             heard = self._store.multi_get([f"sign/{rank}" for rank in range(self._size)])
             for rank, raw in enumerate(heard):
-                self._hear(rank, Sign(**json.loads(raw)))
+                if said := _read(raw, lambda plain: Sign(**plain)):
+                    self._hear(rank, said)
             verdict = asdict(self._announced) if self._announced else None
             self._store.set(_HUB, json.dumps({"sign": asdict(sign), "verdict": verdict}))
-        else:
-            hub = json.loads(self._store.get(_HUB))
-            self._hear(0, Sign(**hub["sign"]))
-            if hub["verdict"]:
-                self._announced = Verdict(**hub["verdict"])
+        elif hub := _read(self._store.get(_HUB), _sign_and_verdict):
+            self._hear(0, hub[0])
+            self._announced = hub[1] or self._announced
 
     def _hear(self, rank: int, sign: Sign) -> None:
         if sign.beat != self._signs[rank].beat:
             self._signs[rank], self._heard_at[rank] = sign, time.monotonic()
+
+
+def _sign_and_verdict(plain: dict[str, Any]) -> tuple[Sign, Verdict | None]:
+    return Sign(**plain["sign"]), Verdict(**plain["verdict"]) if plain["verdict"] else None
+
+
+def _read(raw: bytes, make: Callable[[Any], Any]) -> Any | None:
+    """What `make` makes of it; None if that is no sign of ours, which then is silence."""
+    try:
+        return make(json.loads(raw))
+    except (ValueError, TypeError, KeyError) as error:
+        _log.debug("a sign of life that cannot be read: %s", error)
+        return None

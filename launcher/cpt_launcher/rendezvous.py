@@ -10,6 +10,7 @@ The environment is passed in, so that everything here but the two questions abou
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 import secrets
@@ -37,6 +38,7 @@ class Rendezvous:
     master_port: int
     started_by: str  # "deepspeed", "torchrun", "srun" or "python"
     job: str | None = None  # the SLURM job that it is a part of
+    start: str = "a run"  # what tells this start from others, as far as all its processes know it without talking
 
     def device_index(self, num_visible_devices: int) -> int:
         """Which of the accelerators that this process can see is its own.
@@ -68,7 +70,7 @@ def find_rendezvous(
     Raises Fault, with the variable and its value, where the variables contradict one another or are no numbers.
     """
     found = _find(environment, arguments_local_rank, free_port or pick_free_port)
-    return replace(found, job=environment.get("SLURM_JOB_ID") or None)
+    return replace(found, job=environment.get("SLURM_JOB_ID") or None, start=name_of_start(environment, found))
 
 
 def _find(environment: Mapping[str, str], arguments_local_rank: int | None, free_port: Callable[[], int]) -> Rendezvous:
@@ -162,11 +164,25 @@ def step_hosts(environment: Mapping[str, str]) -> list[str]:
 
 
 def port_of_step(environment: Mapping[str, str]) -> int:
-    """A port that all tasks of a step agree on without talking; another for each try, so that old never meets new."""
+    """A port that all tasks of a step agree on without talking; another for each try, so that old never meets new.
+
+    By lot: neighbouring jobs may share a node, and a requeued one must not come to the next one's port.
+    """
     job = number(environment, "SLURM_JOB_ID")
     restart = number(environment, "SLURM_RESTART_COUNT", otherwise=0)  # not set on the first try
     step = number(environment, "SLURM_STEP_ID")
-    return FIRST_SLURM_PORT + (job * 7 + restart + step * 3001) % NUM_SLURM_PORTS
+    lot = hashlib.blake2b(f"{job}.{step}.{restart}".encode(), digest_size=8).digest()
+    return FIRST_SLURM_PORT + int.from_bytes(lot, "big") % NUM_SLURM_PORTS
+
+
+def name_of_start(environment: Mapping[str, str], found: Rendezvous) -> str:
+    """`SLURM step 4711.0, restart 2`, `torchrun's run none`, or only `a run`."""
+    if found.started_by == "srun":
+        restart = environment.get("SLURM_RESTART_COUNT", "0")
+        step = f"{environment.get('SLURM_JOB_ID')}.{environment.get('SLURM_STEP_ID')}"
+        return f"SLURM step {step}" + (f", restart {restart}" if restart != "0" else "")
+    run = environment.get("TORCHELASTIC_RUN_ID")
+    return f"torchrun's run {run}" if run else "a run"
 
 
 def tasks_on_this_node(environment: Mapping[str, str], world_size: int) -> int:

@@ -48,23 +48,23 @@ FOUND = {
         {**SRUN, **TORCHRUN}, None, Rendezvous(0, 0, 2, 2, "localhost", 40001, "torchrun")),
     "one rank set by hand": (
         {"RANK": "0", "WORLD_SIZE": "1"}, None, Rendezvous(0, 0, 1, 1, "127.0.0.1", 555, "torchrun")),
-    "srun": (SRUN, None, Rendezvous(2, 0, 3, 1, "n1", 28638, "srun")),
+    "srun": (SRUN, None, Rendezvous(2, 0, 3, 1, "n1", 25493, "srun")),
     "srun, first node": (
         {**SRUN, "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"}, None,
-        Rendezvous(1, 1, 3, 2, "n1", 28638, "srun")),
+        Rendezvous(1, 1, 3, 2, "n1", 25493, "srun")),
     "srun, second try of the job": (
-        {**SRUN, "SLURM_RESTART_COUNT": "1"}, None, Rendezvous(2, 0, 3, 1, "n1", 28639, "srun")),
-    "srun, second step of the job": ({**SRUN, "SLURM_STEP_ID": "1"}, None, Rendezvous(2, 0, 3, 1, "n1", 21639, "srun")),
+        {**SRUN, "SLURM_RESTART_COUNT": "1"}, None, Rendezvous(2, 0, 3, 1, "n1", 24956, "srun")),
+    "srun, second step of the job": ({**SRUN, "SLURM_STEP_ID": "1"}, None, Rendezvous(2, 0, 3, 1, "n1", 26264, "srun")),
     "srun with an address and port from the sbatch file": (
         {**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7000"}, None,
         Rendezvous(2, 0, 3, 1, "10.0.0.1", 7000, "srun")),
     "srun with the world size from the sbatch file": (
-        {**SRUN, "WORLD_SIZE": "3"}, None, Rendezvous(2, 0, 3, 1, "n1", 28638, "srun")),
+        {**SRUN, "WORLD_SIZE": "3"}, None, Rendezvous(2, 0, 3, 1, "n1", 25493, "srun")),
     "a step on fewer tasks than the job": (
-        {**SRUN, "SLURM_NTASKS": "8"}, None, Rendezvous(2, 0, 3, 1, "n1", 28638, "srun")),
+        {**SRUN, "SLURM_NTASKS": "8"}, None, Rendezvous(2, 0, 3, 1, "n1", 25493, "srun")),
     "a step that only tells the job's numbers": (
         {**without(SRUN, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"),
-         "SLURM_JOB_NODELIST": "gpu-a07"}, None, Rendezvous(2, 0, 3, 3, "gpu-a07", 28638, "srun")),
+         "SLURM_JOB_NODELIST": "gpu-a07"}, None, Rendezvous(2, 0, 3, 3, "gpu-a07", 25493, "srun")),
     "a step of one task": ({**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None,
                            Rendezvous(0, 0, 1, 1, "127.0.0.1", 555, "srun")),
     "plain python": ({}, None, Rendezvous(0, 0, 1, 1, "127.0.0.1", 555, "python")),
@@ -78,13 +78,34 @@ FOUND = {
 @pytest.mark.parametrize("case", FOUND)
 def test_a_process_finds_its_place(case):
     environment, arguments_local_rank, expected = FOUND[case]
-    assert replace(find(environment, arguments_local_rank), job=None) == expected
+    found = find(environment, arguments_local_rank)
+    assert replace(found, job=None, start="a run") == expected
 
 
 def test_a_process_knows_the_slurm_job_that_it_is_a_part_of():
     environment, *_ = FOUND["torchrun inside a slurm step"]
     assert find(environment).job == "1234"
     assert find({}).job is None
+
+
+def test_neighbouring_jobs_their_steps_and_their_restarts_have_ports_of_their_own():
+    ports = {
+        rendezvous.port_of_step({"SLURM_JOB_ID": job, "SLURM_STEP_ID": step, "SLURM_RESTART_COUNT": restart})
+        for job in ("4711", "4712", "4713")
+        for step in "0123"
+        for restart in map(str, range(10))
+    }
+    assert len(ports) >= 118 and all(20000 <= port < 30000 for port in ports)  # of 120; by lot, so some may meet
+
+
+def test_a_start_is_told_from_others_by_what_all_its_processes_know():
+    starts = [
+        find(environment).start
+        for environment in (SRUN, {**SRUN, "SLURM_RESTART_COUNT": "2"}, {**SRUN, **TORCHRUN}, DEEPSPEED)
+    ]
+    assert starts == ["SLURM step 1234.0", "SLURM step 1234.0, restart 2", "torchrun's run none", "a run"]
+    other_rank = {**SRUN, "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"}
+    assert find(other_rank).start == find(SRUN).start
 
 
 REFUSED = {
