@@ -49,7 +49,11 @@ class Seams:
     `progress` is always the place before the step.
     """
 
-    num_copies = 0  # fp32 values that the method keeps for each parameter, for the memory plan
+    # For the memory plan: fp32 values that the method keeps for each parameter, cut as the masters are, and where; and
+    # copies in the model's precision that every replica has whole, which no checkpoint holds.
+    num_copies = 0
+    are_copies_on_host = False
+    num_whole_copies = 0
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings

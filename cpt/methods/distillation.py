@@ -40,7 +40,7 @@ class Settings:
 class Method(Seams):
     """Makes the teacher before the first batch of a stage, and after a resume."""
 
-    num_copies = 1  # the teacher's pieces; its copy in the model's precision comes on top, and is not sharded
+    num_copies = 1  # the teacher's pieces
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -49,6 +49,11 @@ class Method(Seams):
         self._divergence: Tensor | None = None
         self._num_micro_batches = 0
         self._hidden: Tensor | None = None  # the teacher's, of the part before this one
+
+    @property
+    def num_whole_copies(self) -> int:
+        """The teacher that computes."""
+        return 1 if self.settings.strength else 0
 
     def meet(self, model: nn.Module, make_model: Callable[[], nn.Module], masters: Masters, mesh: Mesh) -> None:
         """Know the model, which is asked what it is given, and how another is made."""
@@ -64,7 +69,10 @@ class Method(Seams):
             return
         if self._start is None:
             self._start = [piece.values.detach().clone() for piece in self._masters.pieces]
-        self._teacher = self._make_model().to(self._mesh.device)
+        teacher = self._make_model()
+        for parameter in teacher.parameters():  # not its buffers, nor on the device, which may have no room for fp32
+            parameter.data = parameter.data.to(self._masters.computing_type)
+        self._teacher = teacher.to(self._mesh.device)
         for name, values in self._masters.gathered(self._start):
             weight = self._teacher.get_parameter(name)
             weight.data = values.to(self._masters.computing_type)

@@ -83,6 +83,11 @@ class Method(Seams):
         """The anchor, and the velocity if there is one."""
         return 2 if self.settings.momentum else 1
 
+    @property
+    def are_copies_on_host(self) -> bool:
+        """Both, if that is asked for."""
+        return self.settings.anchor_on == "host"
+
     def meet(self, model: nn.Module, make_model: Callable[[], nn.Module], masters: Masters, mesh: Mesh) -> None:
         """Warn of a step size that would stall learning."""
         settings = self.settings

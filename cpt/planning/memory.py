@@ -26,10 +26,13 @@ class ModelState:
         return self.weights + self.gradients + self.optimizer + self.methods
 
 
-def model_state(num_parameters: int, precision: str, zero: int, num_ranks: int, num_copies: int = 0) -> ModelState:
-    """What one of `num_ranks` holds at ZeRO stage `zero`; `num_copies` fp32 copies are kept by methods.
+def model_state(
+    num_parameters: int, precision: str, zero: int, num_ranks: int, num_copies: int = 0, num_whole_copies: int = 0
+) -> ModelState:
+    """What one of `num_ranks` holds at ZeRO stage `zero`.
 
-    At stage 0 the fp32 weights are the masters themselves. Gradients are accumulated in fp32.
+    Methods keep `num_copies` in fp32, cut as the masters are, and `num_whole_copies` in the model's precision. At stage
+    0 the fp32 weights are the masters themselves. Gradients are accumulated in fp32.
     """
     low = 4 if precision == "fp32" else 2
     first_cut_at = {"optimizer": 1, "gradients": 2, "weights": 3}
@@ -39,5 +42,5 @@ def model_state(num_parameters: int, precision: str, zero: int, num_ranks: int, 
         weights=num_parameters * low / cut["weights"],
         gradients=num_parameters * _FP32 / cut["gradients"],
         optimizer=num_parameters * optimizer / cut["optimizer"],
-        methods=num_parameters * _FP32 * num_copies / cut["optimizer"],
+        methods=num_parameters * (_FP32 * num_copies / cut["optimizer"] + low * num_whole_copies),
     )

@@ -45,10 +45,14 @@ def plan_lines(run: Run, num_ranks: int) -> Iterator[str]:
 
 def _model_lines(run: Run, num_ranks: int) -> Iterator[str]:
     number = run.model.num_parameters
-    copies = sum(build(method, "Method").num_copies for method in run.methods)
+    methods = [build(method, "Method") for method in run.methods]
+    copies = sum(method.num_copies for method in methods if not method.are_copies_on_host)
+    copies_on_host = sum(method.num_copies for method in methods if method.are_copies_on_host)
+    whole_copies = sum(method.num_whole_copies for method in methods)
     mesh, num_data, parts = run.mesh, run.mesh.data_size(num_ranks), run.blocks_of_parts
     here = num_parameters_on_a_rank(run.model, beside(run.model, "CUTS"), mesh.tensor, parts)
-    state = model_state(here, run.precision, run.zero, num_data * mesh.sequence, copies)
+    num_replicas = num_data * mesh.sequence
+    state = model_state(here, run.precision, run.zero, num_replicas, copies, whole_copies)
     micro_batch = run.batch.micro_batch_on(num_data)
     accumulation = run.batch.windows_a_rank(num_data) // micro_batch
     yield f"model       {name_of_choice(run.model)}, {number:,} parameters, {run.precision}, ZeRO {run.zero}"
@@ -65,6 +69,9 @@ def _model_lines(run: Run, num_ranks: int) -> Iterator[str]:
     yield f"the run     {sum(map(run.num_steps, run.stages)):,} steps, {run.total_tokens:,} tokens"
     told = ", ".join(f"{part} {_size(num_bytes)}" for part, num_bytes in vars(state).items())
     yield f"memory      {_size(state.total)} a rank for the model's state ({told}); activations come on top"
+    if copies_on_host:
+        on_host = model_state(here, run.precision, run.zero, num_replicas, copies_on_host).methods
+        yield f"host        {_size(on_host)} a rank for what methods keep there"
     yield from _checkpoint_lines(run, num_ranks)
 
 

@@ -10,6 +10,7 @@ import torch
 from cpt_harness import tiny
 from cpt_harness.equality import starts_of_step
 from cpt_harness.ranks import on_ranks
+from torch import nn
 from torch.nn import functional
 
 from cpt.checkpoint import Checkpoint
@@ -124,6 +125,21 @@ def test_in_bf16_the_teacher_is_the_model_before_the_first_step(axes):
     for one in on_ranks(2, work, **axes):
         assert one["divergence"][0] == pytest.approx(0.0, abs=1e-7)
         assert one["loss"] == pytest.approx(reference()["loss"], abs=0.03)
+
+
+def test_in_bf16_the_teacher_is_in_bf16_before_it_goes_to_the_device(monkeypatch):
+    """A device that has room for another model in low precision need not have it for one in fp32."""
+
+    def work(mesh):
+        moved, move = [], nn.Module.to
+        engine = start(mesh, 1, precision="bf16")
+        note = lambda model, *to: moved.append([str(p.dtype) for p in model.parameters()]) or move(model, *to)  # noqa: E731
+        monkeypatch.setattr(nn.Module, "to", note)
+        tiny.take_steps(engine, mesh, 0, 1)
+        return moved
+
+    ((types,),) = on_ranks(1, work)
+    assert set(types) == {"torch.bfloat16"}
 
 
 def test_a_run_taken_up_again_on_another_mesh_has_the_same_teacher(tmp_path):

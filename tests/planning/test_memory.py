@@ -26,3 +26,9 @@ def test_at_stage_0_the_weights_are_the_masters():
 
 def test_an_anchor_is_cut_like_the_optimizer():
     assert model_state(1000, "bf16", zero=1, num_ranks=4, num_copies=1).methods == 1000
+
+
+@pytest.mark.parametrize(("precision", "size"), [("bf16", 2000), ("fp32", 4000)])
+def test_a_teacher_is_whole_on_every_rank_in_the_models_precision(precision, size):
+    for zero in (1, 3):
+        assert model_state(1000, precision, zero, num_ranks=4, num_whole_copies=1).methods == size

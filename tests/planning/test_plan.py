@@ -1,12 +1,16 @@
 """`cpt plan` counts what the run will do, and refuses what cannot work."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from cpt import schedules
 from cpt.cli import main
-from cpt.config import Fault
+from cpt.config import Fault, build
 from cpt.data.shards import ShardWriter
 from cpt.planning.plan import plan_lines
+from cpt.progress import Progress
 from cpt.run import read_run
 
 
@@ -57,6 +61,24 @@ def test_a_checkpoint_holds_12_bytes_a_parameter_and_4_for_each_copy_of_a_method
     lines = list(plan_lines(read_run([config, f"methods={methods}"]), 1))
     assert "6,192 parameters" in lines[0]
     assert any(line.startswith("disk") and f"{size} a checkpoint" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("methods", "on_device", "on_host"),
+    [
+        ("[{name: reptile, momentum: 0.9}]", "methods 24.2 KiB", None),
+        ("[{name: reptile, momentum: 0.9, anchor_on: host}]", "methods 0.0 B", "24.2 KiB a rank for what methods keep"),
+        ("[{name: distillation}]", "methods 24.2 KiB", None),
+        ("[{name: distillation}, {name: reptile, anchor_on: host}]", "methods 24.2 KiB", "12.1 KiB a rank for what"),
+    ],
+)
+def test_what_methods_keep_is_told_by_where_it_lies(config, methods, on_device, on_host):
+    """Of 6,192 parameters on 2 ranks at ZeRO 1: fp32 pieces are cut, 12.1 KiB each; a teacher is whole, in bf16."""
+    lines = list(plan_lines(read_run([config, f"methods={methods}", "precision=bf16"]), 2))
+    (memory,) = [line for line in lines if line.startswith("memory")]
+    assert f"{on_device})" in memory
+    host = [line for line in lines if line.startswith("host") and "methods" in line]
+    assert len(host) == bool(on_host) and all(on_host in line for line in host)
 
 
 def test_what_checkpoints_take_of_disk_and_memory_is_told(config, monkeypatch):
@@ -112,6 +134,38 @@ def two_stages(config, first: str, second: str) -> list[str]:
         for name, schedule in (("main", first), ("release", second))
     ]
     return [config, f"stages=[{', '.join(stages)}]"]
+
+
+SCHEDULES = {
+    "constant": "peak: 1e-3",
+    "linear": "peak: 1e-3",
+    "cosine": "peak: 1e-3",
+    "rewarm": "peak: 1e-3",
+    "infinite": "peak: 1e-3, constant: 5e-4, cooldown: 30%",
+    "wsd": "peak: 1e-3, decay: 20%",
+    "inverse_sqrt": "peak: 1e-3, warmup: 10%",
+    "autoregressive": "peak: 1e-3",
+    "branch": "floor: 1e-5",
+}
+
+
+def test_every_schedule_is_known_here():
+    folder = Path(schedules.__file__).parent
+    assert SCHEDULES.keys() == {file.stem for file in folder.glob("*.py") if not file.name.startswith("_")}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_is_drawn_as_its_rates_say(config, name):
+    """A bar for each of 60 places from the first to the last step, the highest one whole."""
+    run = read_run(two_stages(config, "{name: constant, peak: 1e-3}", f"{{name: {name}, {SCHEDULES[name]}}}"))
+    lines = list(plan_lines(run, 1))
+    (number,) = [number for number, line in enumerate(lines) if line.startswith(f"  learning rate ({name})")][-1:]
+    schedule = build(run.stages[1].schedule, "Schedule", run.stages[1].total_tokens, 1e-3)
+    steps = [run.num_slots(run.stages[1]) * column // 59 for column in range(60)]
+    rates = [schedule.rate(Progress(stage=1, stage_tokens=slots * run.sequence_length)) for slots in steps]
+    drawn = [" ▁▂▃▄▅▆▇█".index(bar) for bar in lines[number + 1].removeprefix("  ")]
+    assert drawn == [round(8 * rate / max(rates)) for rate in rates] and max(drawn) == 8
+    assert f"{rates[0]:.2e} first, {max(rates):.2e} highest, {rates[-1]:.2e} last" in lines[number]
 
 
 def test_a_branch_is_drawn_from_the_rate_of_the_stage_before(config):
