@@ -44,7 +44,11 @@ class Scoring:
     held_out: dict[str, HeldOut]
 
     def before_first_step(self, gate: StartGate | None, scores_above: dict[str, dict[str, Any]]) -> None:
-        """Row 0. Raises TrainingError if a loss is not the parent's last one of that source, in `scores_above`."""
+        """Row 0. Raises TrainingError if a loss is not the parent's last one of that source, in `scores_above`.
+
+        Warns of new sources that no held-out text has the name of: what is learned of them stands nowhere.
+        """
+        self._warn_of_what_is_not_scored()
         for record in self._score(Progress(), "start", stage_end=False):
             above = scores_above.get(record["source"])
             if gate and above and above["evaluated_tokens"] == record["evaluated_tokens"]:
@@ -81,6 +85,17 @@ class Scoring:
             (self.folder.path / STOPPED).unlink(missing_ok=True)
         if has_forgotten:
             raise TrainingError(verdict.as_line(step) if verdict else "stopped by stop_if; the first rank says why")
+
+    def _warn_of_what_is_not_scored(self) -> None:
+        names = dict.fromkeys(name for stage in self.run.stages for name in stage.sources)
+        lacking = [name for name in names if name not in self.held_out]
+        if not lacking or not self.mesh.is_first:
+            return
+        what = f"what is learned of {', '.join(lacking)}" if self.held_out else "this run"
+        _log.warning(
+            "%s is scored nowhere: there is no held-out text of %s; name it in evaluation.held_out, or keep the end of "
+            "a source for that (stages.N.sources.%s.hold_out: 1%%)", what, ", ".join(lacking), lacking[0],
+        )  # fmt: skip
 
     def _judged(self, place: Place, stage: str) -> tuple[Place, bool]:
         """The place with `stop_if`'s stop in its ledger, as the first rank reads it from the scores; is there one?"""

@@ -47,6 +47,24 @@ def test_a_child_that_names_no_held_out_text_scores_its_parents_before_step_1_on
     assert reported["scores"][0]["scores"]["prose"]["interval"] == scores[0]["interval"]
 
 
+@pytest.mark.parametrize(
+    ("held_out", "begins"),
+    [
+        ([], "this run is scored nowhere: there is no held-out text of prose, code; name it in evaluation.held_out"),
+        (["prose"], "what is learned of code is scored nowhere: there is no held-out text of code; name it in"),
+        (["prose", "code"], None),
+    ],
+)
+def test_new_sources_without_held_out_text_are_warned_of_once_before_the_first_step(data, tmp_path, held_out, begins):
+    stages = [runs.stage(data, name, 1) for name in ("prose", "code", "code")]
+    stages[2]["name"] = "code again"
+    plain = runs.settings(data, tmp_path / "run", stages)
+    plain["evaluation"]["held_out"] = {name: str(data / f"{name}-held-out") for name in held_out}
+    told = runs.trained(runs.write_settings(tmp_path / "run.yaml", plain), ranks=2)
+    lines = [line for line in told.splitlines() if "scored nowhere" in line]
+    assert len(lines) == bool(begins) and all(f" W {begins}" in line for line in lines)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_that_forgets_too_much_is_saved_and_stopped_says_why_and_goes_on_where_more_is_allowed(
     data, base, tmp_path, ranks
