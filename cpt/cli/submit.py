@@ -17,6 +17,7 @@ from cpt.config.yaml_text import to_yaml
 from cpt.data.check import open_corpora
 from cpt.observe.attempts import note_attempt, read_attempts
 from cpt.run import Run, read_run
+from cpt.run.beginning import began_with, refuse_bad_beginning
 from cpt.run.stages import corpora_of
 from cpt.versions import read_versions
 from cpt_launcher import slurm
@@ -37,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpus-per-node", type=int, metavar="N", help="GPUs of each machine, with one task each")
     add("--tasks-per-node", type=int, metavar="N", help="ranks on each machine; default: --gpus-per-node, or 1")
     add("--cpus-per-task", type=int, metavar="N", help="CPU cores of each rank")
-    add("--partition", metavar="P")
-    add("--account", metavar="A")
-    add("--qos", metavar="Q")
+    add("--partition", metavar="P", help="queue of the job; default: the cluster's")
+    add("--account", metavar="A", help="account that its hours are charged to; default: yours")
+    add("--qos", metavar="Q", help="quality of service, which gives limits and priority; default: the account's")
     add("--constraint", metavar="C", help="features that the machines must have")
     add("--time", metavar="TIME", help="time limit of a job, such as 24:00:00; default: the partition's")
     add("--grace", type=int, default=300, metavar="SECONDS", help="time to save in before the limit; default: 300")
@@ -104,12 +105,18 @@ def _submit(request: Request, script: Path) -> list[str]:
 
 
 def _refuse_what_is_there(runs: list[Run], folder: Path) -> None:
-    """Raise Fault if nothing is left to do, if somebody is at it, or if what it needs is not there."""
+    """Raise Fault if nothing is left to do, if somebody is at it, or if it could not begin or go on: the job would say
+    so only after it has waited.
+    """
     if all(RunFolder(run.output).is_finished for run in runs):
         raise Fault(f"output = {runs[0].output}: this run is finished; name another output")
-    RunFolder(folder).refuse_other_contents()
+    RunFolder(folder).refuse_other_contents()  # before data are looked for
     for run in runs[:1]:  # the branches of a plan take their data from its main path
         open_corpora(corpora_of(run), run.model.vocabulary, run.tokenizer, run.is_within_documents)
+        refuse_bad_beginning(run)
+    for run in runs[1:]:
+        if (begun := RunFolder(run.output)).is_run:
+            began_with(run, begun)
     for number in dict.fromkeys(e["job"] for e in read_attempts(folder) if e["event"] == "submitted"):
         try:
             job = slurm.find_job(number)

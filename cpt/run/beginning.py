@@ -27,6 +27,7 @@ from cpt.parallel.together import alike, together
 from cpt.run.passed_over import of_stage, read_passed_over
 from cpt.run.reading import differences, in_full
 from cpt.run.settings import Run
+from cpt.run.stages import refuse_bad_stages
 
 _log = logging.getLogger(__name__)
 
@@ -53,11 +54,7 @@ def where_to_begin(
     is_run, is_finished = folder.look(mesh)
     if is_run:
         with together(mesh):
-            began = in_full(read_mapping([str(folder.path / "run.yaml")]))
-            differing = differences(began, as_mapping(run))
-            if differing:
-                way_out = f"output = {folder.path} holds another run; name another output, or set these back:"
-                raise Fault([way_out, *differing])
+            began = began_with(run, folder)
         old, new = began.get("batch", {}).get("windows"), run.batch.windows
         if old not in (None, new):
             _log.warning(
@@ -88,6 +85,34 @@ def where_to_begin(
         checkpoint,
         tree.Parent(run.parent.run, from_there["step"], from_there["tokens"], checkpoint.state["rate"]),
     )
+
+
+def began_with(run: Run, folder: RunFolder) -> dict[str, Any]:
+    """The settings in full of the run that was begun in the folder. Raises Fault if that is another than `run`."""
+    began = in_full(read_mapping([str(folder.path / "run.yaml")]))
+    differing = differences(began, as_mapping(run))
+    if differing:
+        way_out = f"output = {folder.path} holds another run; name another output, or set these back:"
+        raise Fault([way_out, *differing])
+    return began
+
+
+def refuse_bad_beginning(run: Run) -> None:
+    """Raise Fault if training would refuse to begin, or to go on, with what the run names: its own folder, its parent,
+    a folder of weights, its stages from there on. Files are looked for, and not read through.
+    """
+    folder, place = RunFolder(run.output), Place()
+    folder.refuse_other_contents()
+    if folder.is_run:
+        began_with(run, folder)
+    own = find_checkpoint(folder.checkpoints, check=False) if folder.is_run else None
+    if own:
+        place = Place.from_json(own.state)
+    elif run.parent:
+        place = place_of_child(run, checkpoint_of_parent(run, check=False).state)
+    elif run.weights:
+        read_folder(run.weights)
+    refuse_bad_stages(run, place)
 
 
 def place_of_child(run: Run, state: dict[str, Any]) -> Place:
@@ -123,8 +148,8 @@ def _order_of_replay(stage: dict[str, Any]) -> dict[str, Any]:
     return {**(stage.get("replay") or {}), "accounting": None}
 
 
-def checkpoint_of_parent(run: Run, mesh: Mesh = ALONE) -> Checkpoint:
-    """The checkpoint that a child begins from, the same on all ranks of `mesh`, which all call it.
+def checkpoint_of_parent(run: Run, mesh: Mesh = ALONE, check: bool = True) -> Checkpoint:
+    """The checkpoint that a child begins from, the same on all ranks of `mesh`, which all call it; `check`: its bytes.
 
     Raises Fault if there is none, or the parent is not finished.
     """
@@ -134,7 +159,7 @@ def checkpoint_of_parent(run: Run, mesh: Mesh = ALONE) -> Checkpoint:
             f"parent.run = {above.path} is not finished; start it again to let it finish, "
             "or name a step: parent.at=STEP"
         )
-    checkpoint = find_checkpoint(above.checkpoints, run.parent.at, mesh=mesh)
+    checkpoint = find_checkpoint(above.checkpoints, run.parent.at, check, mesh)
     if checkpoint is None:
         raise Fault(f"parent.run = {above.path} has no checkpoint")
     return checkpoint

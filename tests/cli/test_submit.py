@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -11,6 +13,9 @@ import yaml
 from cpt_harness import runs
 
 from cpt.cli import main
+from cpt.cli.submit import add_arguments
+from cpt.huggingface.architectures.llama import config_of
+from cpt.models.llama import Settings
 from cpt.observe.attempts import read_attempts
 from cpt.run import read_run
 
@@ -135,6 +140,57 @@ def test_a_finished_run_and_a_folder_of_something_else_are_refused(config, sbatc
     assert "this run is finished" in refused(config, capsys)
 
 
+@pytest.fixture
+def begun(data, tmp_path) -> Path:
+    """The settings of a run that was stopped long before its end; it lies in `a run`."""
+    plain = runs.settings(data, tmp_path / "a run", [runs.stage(data, "prose", 40)])
+    config = runs.write_settings(tmp_path / "begun.yaml", plain)
+    runs.cpt("train", config, before=runs.ask_to_stop_at(2))
+    return config
+
+
+def child_of(parent: Path, data: Path, tmp_path: Path, **more: object) -> Path:
+    plain = runs.settings(data, tmp_path / "child", [runs.stage(data, "prose", 3)], **more)
+    del plain["model"]
+    plain["parent"] = {"run": str(parent)}
+    return runs.write_settings(tmp_path / "child.yaml", plain)
+
+
+def test_a_resume_with_settings_of_another_run_is_refused_before_anything_is_submitted(begun, sbatch, tmp_path, capsys):
+    told = refused(begun, capsys, "seed=77")
+    assert "holds another run; name another output, or set these back:" in told and "seed is 77" in told
+    assert not sbatch.exists() and not (tmp_path / "a run" / "snapshot").exists()
+    assert submit(begun, "log.every_steps=5") == 0
+
+
+def test_a_parent_without_the_checkpoint_that_is_named_is_refused(base, data, sbatch, tmp_path, capsys):
+    config = child_of(base, data, tmp_path)
+    assert "there is no checkpoint at step 7; there are: " in refused(config, capsys, "parent.at=7")
+    assert submit(config, "--dry-run") == 0 and not sbatch.exists()
+
+
+def test_a_parent_that_is_not_finished_is_refused(begun, data, sbatch, tmp_path, capsys):
+    assert "is not finished" in refused(child_of(tmp_path / "a run", data, tmp_path), capsys)
+    assert not sbatch.exists()
+
+
+def test_a_folder_of_weights_without_weights_is_refused(data, sbatch, tmp_path, capsys):
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    model = Settings(**{key: value for key, value in runs.MODEL.items() if key != "name"})
+    (folder / "config.json").write_text(json.dumps(config_of(model)))
+    plain = runs.settings(data, tmp_path / "run", [runs.stage(data, "prose", 3)], model={"from": str(folder)})
+    assert f"{folder} holds no weights" in refused(runs.write_settings(tmp_path / "weights.yaml", plain), capsys)
+    assert not sbatch.exists()
+
+
+def test_the_branch_of_a_plan_that_holds_another_run_is_refused(data, sbatch, tmp_path, capsys):
+    config = plan_of(data, tmp_path)
+    (tmp_path / "plan" / "version-1").mkdir(parents=True)
+    (tmp_path / "plan" / "version-1" / "run.yaml").write_text("seed: 12345\n")
+    assert "plan/version-1 holds another run" in refused(config, capsys)
+
+
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING"])
 def test_a_run_that_a_job_is_at_work_on_is_refused(config, sbatch, tmp_path, capsys, state):
     assert submit(config) == 0
@@ -144,15 +200,25 @@ def test_a_run_that_a_job_is_at_work_on_is_refused(config, sbatch, tmp_path, cap
     assert f"job 41 is {state} for this run; scancel 41 first" in refused(config, capsys)
 
 
-def test_a_version_plan_is_submitted_as_one_job_for_all_its_runs(data, sbatch, tmp_path):
+def plan_of(data: Path, tmp_path: Path) -> Path:
     plain = runs.settings(data, tmp_path / "plan", [])
     del plain["stages"]
     source = {"sources": {"prose": {"corpus": str(data / "prose")}}, "tokens": 20 * runs.TOKENS_A_STEP}
     plain |= {"main": {"peak": 1e-3}, "versions": [{"name": name, **source} for name in ("one", "two")]}
     plain["versions"][1]["sources"] = {"code": {"corpus": str(data / "code")}}
-    config = runs.write_settings(tmp_path / "plan.yaml", plain)
+    return runs.write_settings(tmp_path / "plan.yaml", plain)
+
+
+def test_a_version_plan_is_submitted_as_one_job_for_all_its_runs(data, sbatch, tmp_path):
+    config = plan_of(data, tmp_path)
     assert submit(config) == 0
     text = (tmp_path / "plan" / "main" / "snapshot" / "0001" / "job.sbatch").read_text()
     assert text.count(f"--run {tmp_path}/plan/") == 2 and f"run={tmp_path}/plan/main\n" in text
     saved = yaml.safe_load((tmp_path / "plan" / "main" / "snapshot" / "0001" / "config.yaml").read_text())
     assert [version["name"] for version in saved["versions"]] == ["one", "two"]
+
+
+def test_every_option_says_what_it_is_for():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert [action.dest for action in parser._actions if not action.help and action.dest != "settings"] == []
