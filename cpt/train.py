@@ -159,7 +159,7 @@ def train(
                 scoring.before_first_step(gate, scores_above)
             this_attempt.trains(place.progress.step)
             outcome = loop.run_stages(place)
-            this_attempt.ends(outcome.step, outcome.signal)
+            this_attempt.ends(outcome.step, outcome.signal, stop.is_by_file)
             return outcome
         finally:
             saving.close()

@@ -26,6 +26,7 @@ ATTEMPTS = "attempts.jsonl"
 
 # `how` of an `ended`: the run is done; asked to stop, and saved; failed, and why stands in `reason`.
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
+BY_FILE = "file"  # `by` of an `ended`: whoever asked to stop did so by the file `stop`
 
 _log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """`signal`: the number of the first signal that came, None so far if none did.
+    """`signal`: the number of the first signal that came, None so far if none did. `is_by_file`: the file came first.
 
     `why_orphaned()`: one line if what started this process is gone, which counts as a SIGTERM; else None. So does a
     `file`, looked for before each step, if one is named.
@@ -27,6 +27,7 @@ class StopRequest:
 
     def __init__(self, why_orphaned: Callable[[], str | None], file: Path | None = None) -> None:
         self.signal: int | None = None
+        self.is_by_file = False
         self._why_orphaned, self._file = why_orphaned, file
         self._was_interrupted = False
 
@@ -39,14 +40,15 @@ class StopRequest:
 
     def is_asked(self) -> bool:
         """Whether to stop after the next step."""
-        if self.signal is None and (reason := self._why_orphaned() or self._why_by_file()):
+        if self.signal is None and (reason := self._why_by_file() or self._why_orphaned()):
             _log.warning("%s: this run saves after its next step and ends, as it would at SIGTERM", reason)
             self.signal = self.signal or signal.SIGTERM
         return self.signal is not None
 
     def _why_by_file(self) -> str | None:
         # os.path answers False where the file system gives an error, which is no reason to stop.
-        return f"{self._file} is there" if self._file is not None and os.path.exists(self._file) else None
+        self.is_by_file = self._file is not None and os.path.exists(self._file)
+        return f"{self._file} is there" if self.is_by_file else None
 
 
 @contextmanager

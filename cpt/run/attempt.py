@@ -36,12 +36,13 @@ class Attempt:
         if self.mesh.is_first:
             attempts.note_attempt(self.folder, "training", step=step)
 
-    def ends(self, step: int, signal: int | None) -> None:
-        """The run is finished, or was stopped by a signal and has saved."""
+    def ends(self, step: int, signal: int | None, is_by_file: bool = False) -> None:
+        """The run is finished, or was stopped by a signal, or by the file `stop`, and has saved."""
         if self.mesh.is_first and signal is None:
             attempts.note_end(self.folder, how=attempts.FINISHED, step=step)
         elif self.mesh.is_first:
-            attempts.note_end(self.folder, how=attempts.STOPPED, step=step, signal=int(signal))
+            by = {"by": attempts.BY_FILE} if is_by_file else {}
+            attempts.note_end(self.folder, how=attempts.STOPPED, step=step, signal=int(signal), **by)
 
     def loses_page(self, line: str) -> None:
         """This process is about to end because a mapped file cannot be read, as `line` tells."""

@@ -28,6 +28,7 @@ class RunFolders:
         self._runs = list(runs)
         self._last_read: dict[Any, Any] = {}  # by what was read of which run
         self._unreadable: set[Path] = set()
+        self._put: dict[Path, int | None] = {}  # the time of the stop file that was put into a run's folder here
 
     def are_finished(self) -> bool:
         """Whether each says itself that it is done."""
@@ -61,18 +62,22 @@ class RunFolders:
         return last_end(self.events(after))
 
     def have_stop_file(self) -> bool:
-        """Whether somebody asks by file to stop."""
-        return any(os.path.exists(run / STOP_FILE) for run in self._runs)
+        """Whether somebody else asks by file to stop, also by a `touch` of the one that was put here."""
+        found = ((run, _time_of(run / STOP_FILE)) for run in self._runs)
+        return any(touched not in (None, self._put.get(run)) for run, touched in found)
 
     def put_stop_file(self) -> None:
-        """Ask by file to stop. Where the disk refuses it is not asked: what does not end is killed."""
+        """Ask by file to stop, unless somebody does. Where the disk refuses, what does not end is killed later."""
         for run in self._runs:
-            with suppress(OSError):  # a run of a plan may not have begun either
-                (run / STOP_FILE).touch()
+            if _time_of(run / STOP_FILE) is None:
+                with suppress(OSError):  # a run of a plan may not have begun either
+                    (run / STOP_FILE).touch()
+                    self._put[run] = _time_of(run / STOP_FILE)
 
     def remove_stop_file(self) -> None:
         """Ask no more."""
         for run in self._runs:
+            self._put.pop(run, None)
             with suppress(OSError):
                 (run / STOP_FILE).unlink(missing_ok=True)
 
@@ -95,6 +100,13 @@ def newest_step(run: Path) -> int:
         return _read_newest_step(run)
     except OSError:
         return 0
+
+
+def _time_of(path: Path) -> int | None:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return None
 
 
 def _read_newest_step(run: Path) -> int:

@@ -3,7 +3,8 @@
     finished.json is there                       0
     the request cannot work (status 2)           2
     the run says that its end is final           1
-    somebody asked to stop                       saved; requeued in a SLURM job that goes on, else 128 + signal
+    a signal asked to stop                       saved; requeued in a SLURM job that goes on, else 128 + signal
+    a person did, by the file stop or Ctrl-C     saved; 128 + signal, and no other job of its chain goes on
     a failure, and a node of the job is bad      requeued
     a failure                                    again after a while; 1 after so many in a row without a new checkpoint
 
@@ -63,13 +64,16 @@ class Supervisor:
         self._not_noted: list[dict[str, Any]] = []  # on a full disk tries must be counted, too
         self._asked: int | None = None  # the number of the signal that asked to stop
         self._is_asked_by_file = False
+        self._end_seen: tuple[dict[str, Any] | None, float] | None = None  # the run's last word, and when that was read
 
     def supervise(self) -> int:
         """Start the command as often as it makes sense; the exit status for the caller."""
         self._run.mkdir(parents=True, exist_ok=True)
         with self._listening():
             self._keep_environment()
-            self._runs.remove_stop_file()  # an old one
+            if self._runs.have_stop_file():
+                _log.warning("%s was there before this start: removed, and not heeded", self._run / STOP_FILE)
+            self._runs.remove_stop_file()
             while not self._runs.are_finished():
                 verdict = Verdict("stopped", "asked to stop before the start", self._asked)
                 if not self._is_asked():
@@ -90,7 +94,7 @@ class Supervisor:
         self._note("launched", step=self._runs.newest_step(), by=self._by, job=self._job.name)
         told_before, steps_before = self._runs.num_told(), self._job.steps()
         attempt = Attempt(self._command)
-        asked_at, was_killed = None, False
+        asked_at, was_killed, self._end_seen = None, False, None
         while (status := attempt.status()) is None:
             if self._is_asked():
                 asked_at = asked_at or self._ask_to_stop(attempt)
@@ -105,18 +109,23 @@ class Supervisor:
         deadline = (asked_at or time.monotonic()) + self._grace
         if was_killed or self._runs.end_after(told_before):
             deadline = min(deadline, time.monotonic() + (0.0 if was_killed else _END_SECONDS))
-        self._clear(attempt, steps_before, deadline)
+        is_ours = self._clear(attempt, steps_before, deadline)
+        self._is_asked()  # by a file that came meanwhile
         self._runs.remove_stop_file()
-        verdict = verdict_of(status, self._asked, self._runs.are_finished(), self._runs.events(told_before))
-        if verdict.end == "stopped" and self._asked is None and has_left_some:
+        told = self._runs.events(told_before)
+        verdict = verdict_of(status, self._asked, self._runs.are_finished(), told, self._job.name is not None)
+        if verdict.end == "stopped" and self._asked is None and (has_left_some or (is_ours and verdict.is_by_file)):
             # Ranks that miss their launcher save and say that they were stopped, but nobody wanted that.
             return Verdict("failed", f"what started its ranks ended with status {status} before them")
+        if verdict.end == "failed" and status == 0 and not told:
+            where = f"nothing was noted in {self._run}: is that the `output` of its settings, as --run should be?"
+            return Verdict("failed", f"{verdict.reason}; {where}")
         return verdict
 
     def _is_asked(self) -> bool:
         """Whether to stop: by a signal, or by the file `stop`, which then is a person's."""
-        if self._asked is None and self._runs.have_stop_file():
-            self._asked, self._is_asked_by_file = int(signal.SIGTERM), True
+        if self._runs.have_stop_file():
+            self._asked, self._is_asked_by_file = self._asked or int(signal.SIGTERM), True
         return self._asked is not None
 
     def _ask_to_stop(self, attempt: Attempt) -> float:
@@ -135,7 +144,9 @@ class Supervisor:
             return None
         self._next_look = time.monotonic() + _END_SECONDS / 10
         ended = self._runs.end_after(told_before)
-        if ended is None or time.time() - ended["time"] < _END_SECONDS:
+        if self._end_seen is None or self._end_seen[0] != ended:
+            self._end_seen = (ended, time.monotonic())  # not its own time: that is of another machine's clock
+        if ended is None or time.monotonic() - self._end_seen[1] < _END_SECONDS:
             return None
         # The first of several runs has ended, and the command goes on with the next one.
         if ended.get("how") == FINISHED and not self._runs.are_finished():
@@ -143,13 +154,19 @@ class Supervisor:
         # srun waits for the tasks of a node that is gone, and for ever where its own daemon there was killed.
         return f"the run has ended {_END_SECONDS:.0f} s ago, and its command has not"
 
-    def _clear(self, attempt: Attempt, steps_before: set[str], deadline: float) -> None:
-        """See to it that nothing of an ended attempt goes on: what a dead launcher left saves before the deadline."""
+    def _clear(self, attempt: Attempt, steps_before: set[str], deadline: float) -> bool:
+        """See to it that nothing of an ended attempt goes on: what a dead launcher left saves before the deadline.
+
+        Whether it was asked to by the file `stop`.
+        """
         for killed in attempt.clear(deadline - time.monotonic()):
             _log.warning("left behind by the command, and killed: %s", killed)
-        if self._job.steps() - steps_before:
-            self._runs.put_stop_file()
-            self._job.wait_for_steps(steps_before, deadline)
+        if not self._job.steps() - steps_before:
+            return False
+        self._is_asked()
+        self._runs.put_stop_file()
+        self._job.wait_for_steps(steps_before, deadline)
+        return True
 
     # ---- what to do about its end
 
@@ -182,12 +199,15 @@ class Supervisor:
         """Requeue the job if SLURM ends it before the run is done, as it does at the time limit; the exit status."""
         number = verdict.signal or int(signal.SIGTERM)
         reason = verdict.reason
-        is_a_persons = self._is_asked_by_file or number == signal.SIGINT
+        # Its ranks may have heeded and removed the file before it was seen here.
+        is_a_persons = self._is_asked_by_file or verdict.is_by_file or number == signal.SIGINT
         if self._may_requeue and not is_a_persons:
             if tries.all > self._limits.idle:
                 reason = f"{reason}; not requeued: {tries.all} tries came to no newer checkpoint"
             elif self._requeue(reason, asked=number):
                 return 128 + number
+        if is_a_persons:
+            self._cancel_chain()
         return self._leave(128 + number, reason, asked=number)
 
     def _requeue(self, reason: str, **fields: Any) -> bool:

@@ -7,18 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cpt.observe.attempts import STOPPED, last_end
+from cpt.observe.attempts import BY_FILE, STOPPED, last_end
 
 CANNOT_WORK = 2  # the exit status of a request that cannot work; so ends Python, too, when there is no such script
+
+_TAKEN_AWAY = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM sends to ranks whose nodes it takes
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How an attempt ended, and why in one line. `signal`: the number of the one that asked it to stop."""
+    """How an attempt ended, and why in one line. `signal`: the number of the one that asked it to stop.
+
+    `is_by_file`: its ranks were asked by the file `stop`.
+    """
 
     end: Literal["finished", "refused", "final", "stopped", "failed"]
     reason: str
     signal: int | None = None
+    is_by_file: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,13 @@ class Tries:
     all: int
 
 
-def verdict_of(status: int, asked: int | None, is_finished: bool, events: Sequence[dict[str, Any]]) -> Verdict:
+def verdict_of(
+    status: int, asked: int | None, is_finished: bool, events: Sequence[dict[str, Any]], is_in_job: bool = False
+) -> Verdict:
     """What to make of an attempt that ended with `status`, and of which the run told `events`.
 
-    `asked`: the number of the signal that asked the supervisor to stop meanwhile, None if none came.
+    `asked`: the number of the signal that asked the supervisor to stop meanwhile, None if none came. `is_in_job`: in a
+    SLURM job, whose tasks SLURM signals when it takes the nodes away.
     """
     if is_finished:
         return Verdict("finished", "the run is finished")
@@ -61,10 +70,15 @@ def verdict_of(status: int, asked: int | None, is_finished: bool, events: Sequen
     if asked is not None:
         return Verdict("stopped", f"asked to stop by {signal.Signals(asked).name}", asked)
     if ended.get("how") == STOPPED:
-        number = ended.get("signal") or int(signal.SIGTERM)
-        return Verdict("stopped", told or f"its ranks were asked to stop by signal {number}", number)
+        number, is_by_file = ended.get("signal") or int(signal.SIGTERM), ended.get("by") == BY_FILE
+        by = "the file stop" if is_by_file else f"signal {number}"
+        return Verdict("stopped", told or f"its ranks were asked to stop by {by}", number, is_by_file)
     if told:
         return Verdict("failed", told)
+    # Ranks that have started save first, and say so; before, while they prepare, a signal just ends them.
+    if is_in_job and status - 128 in _TAKEN_AWAY and not any(event["event"] == "started" for event in events):
+        name = signal.Signals(status - 128).name
+        return Verdict("stopped", f"its ranks were ended by {name} before they had started", status - 128)
     if status > 128:
         return Verdict("failed", f"ended by signal {status - 128} without a word")
     return Verdict("failed", f"ended with status {status}, without finishing")

@@ -36,6 +36,10 @@ for act in pathlib.Path(sys.argv[2]).read_text().splitlines()[number - 1].split(
         (folder / "checkpoints" / "latest").write_text(f"step-{int(value):08d}")
     elif word == "fail":
         note_attempt(folder, "ended", how="failed", reason=value)
+    elif word == "past":
+        note_attempt(folder, "ended", how="failed", reason=value, time=1.0)
+    elif word == "sleep":
+        time.sleep(float(value))
     elif word == "final":
         note_attempt(folder, "ended", how="failed", reason=value, is_final=True)
     elif word == "stopped":
@@ -44,6 +48,13 @@ for act in pathlib.Path(sys.argv[2]).read_text().splitlines()[number - 1].split(
         (folder / "finished.json").write_text("{}")
     elif word == "touch":
         pathlib.Path(value).touch()
+    elif word == "heed":  # within one look of the supervisor's
+        note_attempt(folder, "ended", how="stopped", signal=15, by="file")
+    elif word == "away":
+        signal.signal(int(value), signal.SIG_DFL)
+        signal.raise_signal(int(value))
+    elif word == "started":
+        note_attempt(folder, "started")
     elif word == "until":
         while not pathlib.Path(value).exists():
             time.sleep(0.01)
@@ -89,7 +100,8 @@ def test_the_marker_of_a_finished_run_is_the_one_that_runs_write():
 def test_a_run_that_fails_is_started_again_until_it_is_finished(tmp_path):
     assert runs.end(supervise(tmp_path, "fail=fire exit=1", "save=10 exit=0", "finish exit=1")) == 0
     restarts = events(tmp_path, "restarting")
-    assert [event["reason"] for event in restarts] == ["fire", "ended with status 0, without finishing"]
+    reasons = [event["reason"].partition(";")[0] for event in restarts]
+    assert reasons == ["fire", "ended with status 0, without finishing"]
     assert [event["failures"] for event in restarts] == [1, 0]  # the second one had saved
 
 
@@ -181,6 +193,11 @@ def test_a_disk_that_dies_under_a_run_does_not_end_the_supervisor_before_its_com
     assert "ends here, with status 1: 1 failure(s)" in told.read_text()
 
 
+def test_an_end_that_a_slow_clock_tells_is_not_taken_for_an_old_one(tmp_path):
+    assert runs.end(supervise(tmp_path, "past=fire sleep=4 exit=1", "finish")) == 0
+    assert "killed" not in (tmp_path / "out.txt").read_text()
+
+
 @pytest.mark.long
 def test_a_command_that_does_not_end_when_the_run_has_is_killed(tmp_path, monkeypatch):
     process = supervise(tmp_path, "fail=gone deaf", "finish")  # as srun waits for a node that is gone
@@ -196,6 +213,12 @@ def test_nothing_of_an_attempt_outlives_it(tmp_path):
     assert "left behind by the command, and killed" in (tmp_path / "out.txt").read_text()
     assert not [one for one in psutil.process_iter(["cmdline"]) if "time.sleep(300)" in str(one.info["cmdline"])
                 and one.status() != psutil.STATUS_ZOMBIE and one.create_time() >= found[0].create_time()]  # fmt: skip
+
+
+def test_where_nothing_was_noted_it_says_that_the_folders_may_differ(tmp_path):
+    assert runs.end(supervise(tmp_path, "exit=0", options=("--restarts", "0"))) == 1
+    told = f"nothing was noted in {tmp_path}/run: is that the `output` of its settings, as --run should be?"
+    assert told in events(tmp_path, "left")[0]["reason"]
 
 
 def test_ranks_asked_to_stop_by_others_end_the_supervision_outside_of_slurm(tmp_path):
@@ -298,10 +321,63 @@ def test_the_stop_file_of_a_person_ends_the_job_for_good(tmp_path):
     assert "asked to stop by the file stop" in (tmp_path / "out.txt").read_text()
 
 
-def test_a_stop_file_from_before_is_an_old_one(tmp_path):
+def test_a_stop_file_from_before_is_an_old_one_and_is_said_to_go(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "stop").touch()
     assert runs.end(supervise(tmp_path, "finish")) == 0
+    assert "run/stop was there before this start: removed, and not heeded" in (tmp_path / "out.txt").read_text()
+
+
+def chained(folder: Path, **more: str) -> dict[str, str]:
+    """The job of `stand_ins` as the first of a chain of two."""
+    (folder / "run").mkdir()
+    note_attempt(folder / "run", "submitted", job="7", chain=["7", "8"])
+    return stand_ins(folder, **more)
+
+
+def test_the_stop_file_of_a_person_cancels_the_jobs_that_were_to_go_on(tmp_path):
+    process = supervise(tmp_path, "wait", "finish", **chained(tmp_path))
+    runs.wait_for(lambda: events(tmp_path, "launched"), "the start")
+    (tmp_path / "run" / "stop").touch()
+    assert runs.end(process) == 143
+    assert "scancel --state=PENDING 7 8" in called(tmp_path)
+
+
+def test_a_stop_file_that_the_ranks_heed_before_the_supervisor_sees_it_is_a_persons(tmp_path):
+    assert runs.end(supervise(tmp_path, "heed exit=143", "finish", **chained(tmp_path))) == 143
+    assert "scontrol requeue 7" not in called(tmp_path) and "scancel --state=PENDING 7 8" in called(tmp_path)
+
+
+def test_a_stop_file_that_comes_when_the_ranks_have_failed_is_heeded(tmp_path):
+    acts = [f"fail=fire touch={tmp_path}/run/stop exit=1", "finish"]
+    assert runs.end(supervise(tmp_path, *acts, **chained(tmp_path))) == 143
+    assert len(events(tmp_path, "launched")) == 1 and not (tmp_path / "run" / "stop").exists()
+    assert "scontrol requeue 7" not in called(tmp_path)
+
+
+def test_a_stop_file_in_the_pause_between_two_starts_ends_it(tmp_path):
+    process = supervise(tmp_path, "exit=1", "finish", options=("--backoff", "300"))
+    runs.wait_for(lambda: events(tmp_path, "restarting"), "the pause")
+    (tmp_path / "run" / "stop").touch()
+    assert runs.end(process) == 143
+
+
+def test_a_stop_file_that_comes_after_a_signal_is_heeded_too(tmp_path):
+    process = supervise(tmp_path, f"deaf until={tmp_path}/go", options=("--grace", "2"), **chained(tmp_path))
+    runs.wait_for((tmp_path / "run" / "deaf").exists, "the start")
+    process.send_signal(signal.SIGUSR1)
+    runs.wait_for((tmp_path / "run" / "stop").exists, "the supervisor's own")
+    time.sleep(0.1)
+    (tmp_path / "run" / "stop").touch()
+    assert runs.end(process) == 128 + signal.SIGUSR1
+    assert "scontrol requeue 7" not in called(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_ranks_that_are_taken_away_before_they_have_started_requeue_the_job(tmp_path, number):
+    process = supervise(tmp_path, f"away={int(number)}", "finish", **stand_ins(tmp_path))
+    assert runs.end(process) == 128 + number
+    assert "scontrol requeue 7" in called(tmp_path)
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "TIMEOUT"])
@@ -335,6 +411,19 @@ def test_the_step_of_a_dead_node_is_not_waited_for_in_a_job_that_slurm_ends(tmp_
     options = ("--grace", "1000", "--restarts", "0")
     assert runs.end(supervise(tmp_path, "fail=gone exit=1", options=options, **job)) == 1
     assert not any(line.startswith("scancel") for line in called(tmp_path))
+
+
+def test_a_step_that_heeds_the_file_of_the_supervisor_was_not_asked_by_a_person(tmp_path):
+    """Its ranks are elsewhere, and its srun is dead: asked to save, they say by what."""
+    word = '{"event": "ended", "time": 1, "how": "stopped", "signal": 15, "by": "file"}'
+    step = f"""test -e {tmp_path}/begun && ! test -e {tmp_path}/gone && if test -e {tmp_path}/run/stop
+    then echo '{word}' >>{tmp_path}/run/attempts.jsonl; touch {tmp_path}/gone
+    else echo 7.0
+    fi; true"""
+    job = stand_ins(tmp_path, squeue=step)
+    assert runs.end(supervise(tmp_path, f"touch={tmp_path}/begun exit=1", "finish", **job)) == 0
+    told = "what started its ranks ended with status 1 before them"
+    assert [event["reason"] for event in events(tmp_path, "restarting")] == [told]
 
 
 def test_failures_are_counted_over_requeues_of_the_same_job(tmp_path):

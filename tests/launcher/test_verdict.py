@@ -72,6 +72,27 @@ def test_a_death_by_signal_without_a_word_is_named():
     assert verdict_of(137, None, False, []).reason == "ended by signal 9 without a word"
 
 
+def test_ranks_that_were_asked_by_the_file_are_told_so():
+    verdict = verdict_of(143, None, False, [ended("stopped", signal=15, by="file")])
+    assert (verdict.end, verdict.is_by_file) == ("stopped", True)
+    assert verdict.reason == "its ranks were asked to stop by the file stop"
+
+
+@pytest.mark.parametrize(
+    ("status", "is_in_job", "events", "end"),
+    [
+        (143, True, [], "stopped"),
+        (138, True, [], "stopped"),
+        (143, False, [], "failed"),  # nobody takes the nodes away where no job is
+        (137, True, [], "failed"),
+        (143, True, [{"event": "started", "time": 1.0}], "failed"),  # it would have saved, and said so
+        (143, True, [ended("failed", reason="no ranks")], "failed"),
+    ],
+)
+def test_ranks_whose_nodes_are_taken_before_they_start_are_no_failure(status, is_in_job, events, end):
+    assert verdict_of(status, None, False, events, is_in_job).end == end
+
+
 def launched(step: int, by: str = "job 7") -> dict[str, object]:
     return {"event": "launched", "time": 1.0, "step": step, "by": by}
 

@@ -64,3 +64,12 @@ def test_a_signal_that_came_before_is_the_one_that_counts():
     with listening_for_stop(lambda: "the launcher is gone") as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.is_asked() and stop.signal == signal.SIGUSR1
+
+
+@pytest.mark.parametrize("is_signal_first", [False, True])
+def test_whether_it_was_a_file_that_asked_is_known(tmp_path, is_signal_first):
+    with listening_for_stop(lambda: "the launcher is gone", tmp_path / "stop") as stop:
+        if is_signal_first:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        (tmp_path / "stop").touch()
+        assert stop.is_asked() and stop.is_by_file is not is_signal_first

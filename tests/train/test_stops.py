@@ -40,7 +40,7 @@ def test_a_file_called_stop_is_heeded_as_a_sigterm_and_goes(config, tmp_path, nu
     assert not (run / "stop").exists()
     assert_whole(run)
     ended = faults.last_end(run)
-    assert (ended["how"], ended["signal"]) == ("stopped", signal.SIGTERM)
+    assert (ended["how"], ended["signal"], ended["by"]) == ("stopped", signal.SIGTERM, "file")
     assert ended["step"] == RunFolder(run).latest().state["progress"]["step"]
 
 
