@@ -1,15 +1,17 @@
 """Fault upon fault, drawn by lot: the run ends as if there had been none, bit for bit, for its mesh never changes.
 
-Two nodes of three, so that one is always left; a limit of six minutes, which comes upon the run by itself.
+Two nodes of three, so that one is always left. Kinds of faults are drawn from a bag, each once before any comes again;
+the time limit is among them.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from cpt_harness import runs
@@ -20,6 +22,37 @@ from cpt_harness.slurm_runs import SECONDS, SubmittedRun, write_slow_settings
 # and at most so many seconds of undisturbed training before a fault, where checkpoints come every five.
 SHORT, LONG = (2 * 60, 400, 10.0), (20 * 60, 2600, 40.0)
 REST, SEED = 0.5, 8
+LIMIT_MINUTES = 20  # more than the time between two faults that begin the job anew
+
+
+class Bag:
+    """Kinds in an order drawn by lot, each once before any comes again."""
+
+    def __init__(self, kinds: Sequence[str], lot: random.Random) -> None:
+        self._kinds, self._lot, self._left = list(kinds), lot, []
+
+    def draw(self) -> str:
+        """The next one."""
+        if not self._left:
+            self._left = self._lot.sample(self._kinds, len(self._kinds))
+        return self._left.pop()
+
+    def give_back(self, kind: str) -> None:
+        """It did not come to pass: it comes again when the others of this round have."""
+        self._left.insert(0, kind)
+
+
+def test_every_kind_comes_once_before_any_comes_again():
+    bag = Bag("abcde", random.Random(SEED))
+    rounds = [[bag.draw() for _ in "abcde"] for _ in range(20)]
+    assert all(sorted(drawn) == list("abcde") for drawn in rounds)
+    assert len({tuple(drawn) for drawn in rounds}) > 1
+
+
+def test_a_kind_that_could_not_be_made_to_happen_comes_at_the_end_of_its_round():
+    bag = Bag("abc", random.Random(SEED))
+    bag.give_back(first := bag.draw())
+    assert [bag.draw() for _ in "abc"][-1] == first
 
 
 class Faults:
@@ -31,7 +64,8 @@ class Faults:
     def all(self) -> list[Callable[[], bool | None]]:
         return [self.node_crashes, self.node_loses_power, self.link_is_cut, self.link_fails_for_a_moment,
                 self.rank_is_killed, self.rank_is_stopped, self.rank_hangs, self.slurmd_is_killed,
-                self.controller_is_killed, self.job_is_requeued, self.job_is_preempted]  # fmt: skip
+                self.controller_is_killed, self.job_is_requeued, self.job_is_preempted,
+                self.time_limit_comes]  # fmt: skip
 
     def node_crashes(self) -> bool:
         self.cluster.crash(self._node())
@@ -83,6 +117,18 @@ class Faults:
         self.cluster.submit("-N3", "--exclusive", "-p", "high", "--wrap", "sleep 3")
         return True
 
+    def time_limit_comes(self) -> bool:
+        number = len(self.run.events("requeued"))
+        hours, minutes, seconds = map(int, self.cluster.job(self.run.job)["RunTime"].split(":"))
+        self._limit(math.ceil(hours * 60 + minutes + (seconds + 70) / 60))  # the signal comes a minute before
+        event = self.run.wait_for_event("requeued", number + 1)
+        assert "USR1" in event["reason"], event
+        self._limit(LIMIT_MINUTES)
+        return True
+
+    def _limit(self, minutes: int) -> None:
+        self.cluster.run("scontrol", "update", f"JobId={self.run.job}", f"TimeLimit={minutes}")
+
     def _node(self) -> str:
         return self.lot.choice(self.run.nodes())
 
@@ -111,26 +157,33 @@ def test_a_run_under_a_storm_of_faults_ends_as_if_there_had_been_none(
     cluster, data, tmp_path, tell, seconds, steps, pause
 ):
     run = SubmittedRun(
-        cluster, write_slow_settings(data, tmp_path, steps), "--nodes", 2, "--time", "0:06:00", "--restarts", 10,
-        rest=REST,
+        cluster, write_slow_settings(data, tmp_path, steps), "--nodes", 2, "--time", f"0:{LIMIT_MINUTES}:00",
+        "--restarts", 10, rest=REST,
     )  # fmt: skip
     lot, happened = random.Random(SEED), Counter()
-    faults = Faults(cluster, run, lot)
+    faults = {fault.__name__: fault for fault in Faults(cluster, run, lot).all()}
+    bag = Bag(list(faults), lot)
     run.wait_for_event("training")
     began = time.monotonic()
     while time.monotonic() < began + seconds:
         time.sleep(lot.uniform(1, pause))
         assert cluster.job_state(run.job) not in ENDED, run.log()[-6000:]
         number = len(run.events("training"))
-        fault = lot.choice(faults.all())
-        ends_attempt = fault()
-        print(f"{time.monotonic() - began:6.0f} s, step {run.step()}: {fault.__name__.replace('_', ' ')}", flush=True)
-        happened[fault.__name__] += ends_attempt is not None
+        kind = bag.draw()
+        ends_attempt = faults[kind]()
+        print(f"{time.monotonic() - began:6.0f} s, step {run.step()}: {kind.replace('_', ' ')}", flush=True)
+        if ends_attempt is None:
+            bag.give_back(kind)
+            continue
+        happened[kind] += 1
         if ends_attempt:
             run.wait_for_event("training", number + 1, 2 * SECONDS)
             cluster.mend()
     run.hurry()
     run.wait_until_finished(2 * SECONDS)
+    if seconds == LONG[0]:
+        assert set(happened) == set(faults)
+        assert signal.SIGUSR1 in [event.get("signal") for event in run.events("ended")]  # the time limit's
     tell(row_of(run, happened, time.monotonic() - began, steps))
     (tmp_path / "undisturbed").mkdir()
     again = write_slow_settings(data, tmp_path / "undisturbed", steps)
