@@ -40,7 +40,7 @@ from cpt.observe.speed import find_peak
 from cpt.parallel.mesh import Mesh
 from cpt.parallel.seeds import seed_step
 from cpt.parallel.together import alike, together
-from cpt.parallel.verdict import COMPUTING, FIRST_STEP, LOADING, SAVING
+from cpt.parallel.verdict import COMPUTING, FIRST_LOADING, FIRST_STEP, LOADING, SAVING
 from cpt.progress import Progress
 from cpt.run import Run, Stage
 from cpt.run.attempt import attempt
@@ -218,12 +218,12 @@ class _Loop:
         """
         run, judge, before = self.run, self.bad_steps.judge, (place.share_changes, place.skipped)
         schedule = build(stage.schedule, "Schedule", stage.total_tokens, place.rate_before_stage)
-        is_last, alive, computing = False, self.mesh.watch.alive, FIRST_STEP
+        is_last, alive, loading, computing = False, self.mesh.watch.alive, FIRST_LOADING, FIRST_STEP
         while not is_last:
             started, progress = time.perf_counter(), place.progress
             first_slot, num_windows = progress.stage_tokens // run.sequence_length, run.windows_at(stage, progress)
             rate, result, why_skipped, trained_on = schedule.rate(progress), NOTHING_DONE, "", []
-            alive(LOADING, progress.step + 1)
+            alive(loading, progress.step + 1)
             if order.skipped_in(first_slot, num_windows):
                 place, why_skipped = self.bad_steps.pass_over(place, order, first_slot, num_windows)
             else:
@@ -244,7 +244,7 @@ class _Loop:
                 else:
                     judge.learn(result.loss)
                     trained_on = order.identities(batch.windows)
-                computing = COMPUTING
+                loading, computing = LOADING, COMPUTING
             self.saving.poll()
             place = place.after_step(num_windows * run.sequence_length, rate, chain.lengthen(place.chain, trained_on))
             self._record(stage, order, place, result, time.perf_counter() - started, why_skipped)

@@ -3,7 +3,9 @@
 Works from a checkout before any install: what lies beside this file comes first.
 """
 
+import faulthandler
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +14,9 @@ sys.path[:0] = [str(_ROOT), str(_ROOT / "launcher"), str(_ROOT / "kernels")]
 
 if sys.version_info < (3, 10):  # the words here are ones that an old Python reads, too
     sys.exit(f"cpt needs Python 3.10 or newer; this is {sys.version.split()[0]} ({sys.executable})")
+
+# `kill -USR2 PID` tells where it is, from here on: imports from a slow disk may take minutes.
+faulthandler.register(signal.SIGUSR2, all_threads=True)
 
 # Before torch is imported. Its C++ warns with a stack on every rank when one has gone, which cpt tells in a line.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import faulthandler
 import importlib
 import os
 import select
@@ -27,6 +28,7 @@ from cpt.observe.logs import log_to_terminal
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command that `words` (the process's own, if None) ask for; its exit status."""
     status = 0
+    faulthandler.register(signal.SIGUSR2, 2, all_threads=True)  # `kill -USR2 PID`: what is it doing?
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character gets a stand-in
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

@@ -38,15 +38,20 @@ class Part(nn.Module):
         self.model = model
         self.waiting: deque[MicroBatch] = deque()
         self.latest: MicroBatch | None = None
-        self._is_first = mesh.is_first_part
+        self._is_first, self._watch = mesh.is_first_part, mesh.watch
 
     def forward(self, given: Tensor) -> Tensor:
         """Hidden states [B, S, D] of the part before -> those for the next, or losses; the first part reads tokens.
 
         In place of hidden states a tuple that begins with them, where hooks of the model make one and take it.
         """
+        self._watch.still_alive()  # parts do not take micro-batches at the same time, nor forward and backward in turn
         self.latest = self.waiting.popleft()
-        return self.model(*self.latest.inputs, hidden=None if self._is_first else given)
+        made = self.model(*self.latest.inputs, hidden=None if self._is_first else given)
+        hidden = made[0] if isinstance(made, tuple) else made
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: self._watch.still_alive())  # as its backward begins
+        return made
 
 
 class Pipeline:

@@ -24,7 +24,7 @@ from cpt.data.check import refuse_strange_ids
 from cpt.data.corpus import Corpus
 from cpt.evaluation.interval import half_width
 from cpt.parallel.mesh import Mesh
-from cpt.parallel.verdict import EVALUATING
+from cpt.parallel.verdict import EVALUATING, FIRST_EVALUATION
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ class HeldOut:
         self._sequence_length = sequence_length
         self._within_documents = within_documents
         self._first_token = first_token
+        self._phase = FIRST_EVALUATION  # in which things are compiled
         if vocabulary is not None and self.corpus.vocabulary_size is None:
             places = first_token + self._ids * sequence_length
             refuse_strange_ids(self.corpus, places, self.first_windows(number).numpy(), vocabulary)
@@ -133,7 +134,7 @@ class HeldOut:
             turn = self._ids[first : first + a_turn]
             mine = turn[mesh.data_rank :: mesh.data_size]
             asked = mine if len(mine) else turn[:1]
-            mesh.watch.alive(EVALUATING)
+            mesh.watch.alive(self._phase)
             tokens = torch.from_numpy(self.corpus.windows(asked, self._sequence_length, self._first_token))
             starts = self._starts(asked)
             losses = token_losses(tokens, starts) if self._within_documents else token_losses(tokens)
@@ -144,6 +145,7 @@ class HeldOut:
                 for row, values in zip(sums, (losses, counts), strict=True):
                     row.index_add_(0, clusters.flatten(), values.flatten().double())
         sums = mesh.sum_over_data(sums.to(mesh.device)).cpu()
+        self._phase = EVALUATING
         total, num_tokens = sums.sum(dim=1).tolist()
         if not num_tokens:
             raise Fault(

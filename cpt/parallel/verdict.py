@@ -17,8 +17,9 @@ from dataclasses import dataclass
 # Where ranks say that they are. In the slow ones they may be silent for longer: files are read or written, and what is
 # compiled is compiled.
 STARTING, FIRST_STEP, SAVING = "starting", "computing for the first time", "saving"
+FIRST_LOADING, FIRST_EVALUATION = "loading data for the first time", "evaluating for the first time"
 LOADING, COMPUTING, EVALUATING = "loading data", "computing", "evaluating"
-_SLOW = (STARTING, FIRST_STEP, SAVING)
+_SLOW = (STARTING, FIRST_LOADING, FIRST_STEP, FIRST_EVALUATION, SAVING)
 
 FAILED, LOST, HUNG, BROKEN = "failed", "lost", "hung", "broken"
 

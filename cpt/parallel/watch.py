@@ -79,7 +79,7 @@ class Watch:
         self._sign = Sign(socket.gethostname())  # what does not change with the place
         self._signs: Signs | None = None
         self._judge: threading.Thread | None = None
-        self._is_closed = threading.Event()
+        self._is_open, self._is_closed = False, threading.Event()
         self._failed_since: float | None = None
         self._folder: Path | None = None
         self._stacks, self._stacks_path = _STANDARD_ERROR, Path()
@@ -91,15 +91,18 @@ class Watch:
         count, old_phase, old_step, _ = self._place
         self._place = (count + 1, phase or old_phase, old_step if step is None else step, time.monotonic())
 
+    def still_alive(self) -> None:
+        """This rank has got further within a place, where others do not come to do the same as often."""
+        self._place = (*self._place[:3], time.monotonic())
+
     def keep_in(self, folder: Path) -> None:
         """From now on the run folder is there, with its logs: stacks and what ends the run are written into it."""
         self._folder = folder
-        if self._judge:
+        if self._is_open:
             self._let_go_of_stacks()
             self._stacks_path = folder / "logs" / f"stacks-rank-{self._rank:05d}.txt"
             self._stacks = os.open(self._stacks_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            # Any time: `kill -USR2 PID`, if somebody wants to know what a rank is doing.
-            faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)
+            tell_stacks_when_asked(self._stacks)
 
     @property
     def steps_done(self) -> int:
@@ -110,6 +113,7 @@ class Watch:
 
     def open(self, store: dist.Store | None = None, ends_with_first: bool = True) -> None:
         """Begin to give signs and to judge. `ends_with_first`: the first rank keeps the store, not a launcher."""
+        self._is_open = True
         if self._limits.hang is None:
             return
         if store is not None:
@@ -119,14 +123,17 @@ class Watch:
 
     def close(self) -> None:
         """Stop watching; the others are told, so that they do not miss this rank."""
-        if self._judge is None or self._is_closed.is_set():
+        if self._is_closed.is_set():
             return
         self._is_closed.set()
         self._sign = replace(self._sign, is_closed=True)
         if self._signs:
             self._signs.tell(is_last=True)
-        self._judge.join(1.0)
+        if self._judge:
+            self._judge.join(1.0)
         self._let_go_of_stacks()
+        if self._judge is None:
+            return
         faulthandler.cancel_dump_traceback_later()
         if self._sign.failed or self._sign.broken:
             faulthandler.dump_traceback_later(_ENDING_SECONDS, exit=True)  # libraries may hang in their destructors
@@ -158,7 +165,7 @@ class Watch:
             # A launcher that sees one rank end asks the others to, which must not keep them from saying why.
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_IGN)
-        self._place = (*self._place[:3], time.monotonic())
+        self.still_alive()
         self._sign = replace(self._sign, broken=reason)
         self._signs.tell()
         self._judge.join(4 * self._limits.evidence + _WRITING_SECONDS)
@@ -217,7 +224,8 @@ class Watch:
     def _write_down(self, found: Verdict) -> None:
         """The one message, if no other rank tells it, stacks, and a line in this rank's log."""
         if found.kind != FAILED:  # who failed tells it
-            # The first rank tells before it touches a disk, which may be what hangs.
+            # The first rank tells before it touches a disk, which may be what hangs; what it has found, no other does.
+            is_told = self._signs is not None and self._signs.is_announced
             if self._rank == 0 or (self._folder is None and found.rank == 0):
                 self._tell(found)
             with suppress(OSError):
@@ -225,7 +233,7 @@ class Watch:
                 faulthandler.dump_traceback(self._stacks, all_threads=True)
             fields = {"how": attempts.FAILED, "reason": found.reason, "rank": found.rank, "node": found.node}
             has_noted = self._folder and attempts.note_end(self._folder, step=self.steps_done, **fields)
-            if has_noted and self._rank > 0:
+            if has_noted and self._rank > 0 and not is_told:
                 self._tell(found)
         keep_in_file([found.reason])
 
@@ -235,15 +243,20 @@ class Watch:
             os.write(_STANDARD_ERROR, f"cpt train: {found.reason}{where}\n".encode())
 
     def _let_go_of_stacks(self) -> None:
-        faulthandler.unregister(signal.SIGUSR2)
         file, self._stacks = self._stacks, _STANDARD_ERROR
         if file == _STANDARD_ERROR:
             return
+        tell_stacks_when_asked(_STANDARD_ERROR)
         faulthandler.cancel_dump_traceback_later()
         os.close(file)
         with suppress(OSError):
             if self._stacks_path.stat().st_size == 0:
                 self._stacks_path.unlink()
+
+
+def tell_stacks_when_asked(file: int) -> None:
+    """From now on `kill -USR2 PID` writes the stacks of all threads into this open file, and ends nothing."""
+    faulthandler.register(signal.SIGUSR2, file, all_threads=True)
 
 
 def is_of_a_connection(error: BaseException) -> bool:

@@ -47,6 +47,19 @@ def test_bf16_stays_near_fp32_and_tied_copies_are_equal_to_the_bit():
         assert mine["norm"] == pytest.approx(reference["norm"], rel=0.05)
 
 
+def test_each_part_gives_a_sign_of_life_at_each_forward_and_backward_and_comes_to_no_other_place():
+    def work(mesh):
+        signs = []
+        mesh.watch.still_alive = lambda: signs.append("still")
+        mesh.watch.alive = lambda *place: signs.append("place")
+        engine = tiny.start_engine(mesh, model=make("llama"), micro_batch=2)
+        tiny.take_steps(engine, mesh, 0, 1)
+        return signs
+
+    first, last = on_ranks(2, work, pipeline=2)
+    assert first == last and set(first) == {"still"} and len(first) > 2 and len(first) % 2 == 0
+
+
 def test_tied_copies_whose_gradients_are_not_added_are_found_to_differ(monkeypatch):
     def work(mesh):
         engine = tiny.start_engine(mesh, model=make(TIED[0]), micro_batch=2)

@@ -8,6 +8,8 @@ from cpt.parallel.verdict import (
     BROKEN,
     COMPUTING,
     FAILED,
+    FIRST_EVALUATION,
+    FIRST_LOADING,
     FIRST_STEP,
     HUNG,
     LOADING,
@@ -18,7 +20,7 @@ from cpt.parallel.verdict import (
     judge,
     told_ranks,
 )
-from cpt.parallel.watch import Settings, is_of_a_connection
+from cpt.parallel.watch import Settings, Watch, is_of_a_connection
 
 LIMITS = Limits(hang=900, slow=3600, lost=60, evidence=8, beat=2)
 WELL = [Sign(f"n{rank // 2}", count=50, phase=COMPUTING, step=7, seconds=1.0) for rank in range(4)]
@@ -75,6 +77,22 @@ def test_it_is_the_one_behind_the_others_that_they_wait_for():
         "none of 4 ranks has got any further for 902 s (watch.hang_seconds = 900): rank 1 on n0 is behind, loading "
         "data for step 7; the others wait, computing for step 7"
     )
+
+
+def test_what_is_done_for_the_first_time_may_take_longer():
+    for phase in (FIRST_LOADING, FIRST_STEP, FIRST_EVALUATION):
+        assert judge(all_for(1000, phase=phase), quiet(), LIMITS) is None
+        assert "watch.slow_seconds" in judge(all_for(3700, phase=phase), quiet(), LIMITS).reason
+
+
+def test_what_comes_to_no_other_place_but_goes_on_is_alive_and_stays_where_it_was_counted():
+    watch = Watch()
+    watch.alive(COMPUTING, 3)
+    watch._place = (*watch._place[:3], watch._place[3] - 1000)
+    before = watch._sign_now()
+    watch.still_alive()
+    after = watch._sign_now()
+    assert (after.count, after.place) == (before.count, before.place) and after.seconds < 1 < before.seconds
 
 
 def test_where_all_are_at_the_same_place_nobody_is_blamed():

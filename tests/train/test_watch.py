@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from cpt_harness import faults, runs
+from cpt_harness.ranks import in_processes
+
+from cpt.parallel.watch import Settings, Watch
 
 HERE = socket.gethostname()
 
@@ -30,8 +36,13 @@ def messages(ranks: faults.Ranks) -> list[str]:
     return [line for text in told for line in text.splitlines() if line.startswith("cpt train: ")]
 
 
+def holds_stacks(path: Path) -> bool:
+    # A signal may come to a thread of C's, and then there is no "Current thread".
+    return "most recent call first" in path.read_text()
+
+
 def stacks(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / "logs").glob("stacks-*") if "Current thread" in path.read_text())
+    return sorted(path.name for path in (run / "logs").glob("stacks-*") if holds_stacks(path))
 
 
 def stacks_of(*some: int) -> list[str]:
@@ -51,6 +62,21 @@ def test_a_rank_that_was_stopped_is_named_and_the_others_end(config, tmp_path, l
         ended = faults.last_end(run)
         assert (ended["how"], ended["rank"], ended["node"]) == ("failed", lost, HERE)
         assert ended["reason"] in line and not ended.get("is_final")
+
+
+def test_it_is_told_once_though_the_first_rank_is_slow_to_note_it(config, tmp_path):
+    def before(rank: int) -> None:
+        from cpt.observe import attempts
+
+        really = attempts.note_end
+        attempts.note_end = lambda *words, **fields: (time.sleep(2 * (rank == 0)), really(*words, **fields))[1]
+
+    with faults.started(config, number=3, folder=tmp_path, before=before) as ranks:
+        ranks.wait_for_step(tmp_path / "run", 5)
+        ranks.send(1, signal.SIGSTOP)
+        assert ranks.wait(0, 2) == [1, 1]
+        (line,) = messages(ranks)
+        assert line.startswith(f"cpt train: rank 1 on {HERE} is gone: ")
 
 
 @pytest.mark.parametrize("lost", [2, 0])
@@ -188,13 +214,56 @@ def test_a_stopped_job_that_goes_on_together_is_not_ended(config, tmp_path):
         assert [ranks.status(rank) for rank in range(2)] == [None, None]
 
 
-def test_anybody_can_ask_a_rank_for_its_stacks(config, tmp_path):
-    with faults.started(config, number=1, folder=tmp_path) as ranks:
+@pytest.mark.parametrize("words", [(), ("watch.hang_seconds=null",)])
+def test_anybody_can_ask_a_rank_for_its_stacks(config, tmp_path, words):
+    with faults.started(config, *words, number=1, folder=tmp_path) as ranks:
         ranks.wait_for_step(tmp_path / "run", 3)
         os.kill(ranks.pids[0], signal.SIGUSR2)
         runs.wait_for(lambda: stacks(tmp_path / "run") == stacks_of(0), "the stacks")
         steps = runs.num_lines(tmp_path / "run" / "metrics.jsonl")
         ranks.wait_for_step(tmp_path / "run", steps + 3)
+
+
+def test_a_process_that_imports_tells_its_stacks_on_its_terminal_and_goes_on(data, tmp_path):
+    plain = runs.settings(data, tmp_path / "run", [runs.stage(data, "prose", 2)])
+    config = runs.write_settings(tmp_path / "run.yaml", plain)
+    told = tmp_path / "told"
+    with told.open("w") as terminal:
+        run = subprocess.Popen([sys.executable, runs.ROOT / "launcher" / "run.py", config], stderr=terminal)
+    try:
+        runs.wait_for(lambda: catches_usr2(run.pid), "the handler")
+        run.send_signal(signal.SIGUSR2)
+        runs.wait_for(lambda: holds_stacks(told), "stacks")
+        assert not (tmp_path / "run").exists()
+        assert run.wait(4 * runs.SECONDS) == 0, told.read_text()
+    finally:
+        run.kill()
+        run.wait()
+
+
+def catches_usr2(pid: int) -> bool:
+    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(caught[1], 16) >> (signal.SIGUSR2 - 1) & 1)
+
+
+def test_a_rank_that_watches_no_more_tells_its_stacks_on_its_terminal(tmp_path):
+    def work() -> list[list[bool]]:
+        (tmp_path / "logs").mkdir()
+        terminal = os.open(tmp_path / "told", os.O_WRONLY | os.O_CREAT)
+        os.dup2(terminal, 2)
+        watch = Watch(Settings())
+        watch.open()
+        watch.keep_in(tmp_path)
+        places = tmp_path / "logs" / "stacks-rank-00000.txt", tmp_path / "told"
+        os.kill(os.getpid(), signal.SIGUSR2)
+        runs.wait_for(lambda: holds_stacks(places[0]) or holds_stacks(places[1]), "stacks")
+        before = [holds_stacks(path) for path in places]
+        watch.close()
+        os.kill(os.getpid(), signal.SIGUSR2)
+        runs.wait_for(lambda: holds_stacks(places[1]), "stacks on the terminal")
+        return before
+
+    assert in_processes([work]) == [[True, False]]
 
 
 def test_an_undisturbed_run_leaves_no_stacks(data, tmp_path):
