@@ -23,8 +23,11 @@ from cpt.parallel.together import together
 _log = logging.getLogger(__name__)
 
 FINISHED = "finished.json"
-# What `cpt submit` and the supervisor put there before a run begins.
-_BEFORE_A_RUN = {"attempts.jsonl", "logs", "snapshot", "stop"}
+# A file, and no folder: network file systems hand a lock on a file to their server, and keep that on a folder to the
+# machine it was taken on. It is never removed: who waits for it would hold one that nobody else looks at.
+LOCK = ".lock"
+# What a refused run, `cpt submit` and the supervisor leave there before a run begins.
+_BEFORE_A_RUN = {"attempts.jsonl", "logs", "snapshot", "stop", LOCK}
 
 
 class RunFolder:
@@ -33,6 +36,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seen: tuple[bool, bool, list[str]] | None = None
+        self._lock: int | None = None  # the open file, as long as this process has taken the folder
 
     @property
     def checkpoints(self) -> Path:
@@ -84,34 +88,43 @@ class RunFolder:
         return self.is_run, self.is_finished, [folder.name for folder in checkpoint_folders(self.checkpoints)]
 
     def make(self) -> None:
-        """Make the folder; Fault if that cannot be done."""
+        """Make the folder; Fault if that cannot be done. One that was deleted while it is taken is taken again."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Fault(f"output = {self.path}: the folder cannot be made: {error.strerror}") from None
+        if self._lock is not None and not (self.path / LOCK).exists():
+            self._take()
 
     @contextmanager
     def taken(self, mesh: Mesh) -> Iterator[None]:
         """Make the folder and keep other processes out of it meanwhile; a Fault, which ends all ranks, if one is in it.
 
-        The lock is on the folder itself, so that nothing is left behind, and ends with the process.
+        The lock ends with the process, however that ends.
         """
-        lock = None
         try:
             with together(mesh):
                 if mesh.is_first:
                     self.make()
-                    lock = os.open(self.path, os.O_RDONLY)
-                if lock is not None and _is_taken(lock):
-                    raise Fault(
-                        f"output = {self.path}: another process is training there; wait for it, or stop it first"
-                    )
+                    self._take()
                 if mesh.is_first and self._seen not in (None, self._state()):
-                    raise Fault(f"output = {self.path}: another process has gone on with it meanwhile; start again")
+                    told = f"output = {self.path}: another process has gone on with it meanwhile; start again"
+                    raise Fault(told, is_passing=True)
             yield
         finally:
-            if lock is not None:
-                os.close(lock)
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+    def _take(self) -> None:
+        file = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what may be written
+        if _is_taken(file):
+            os.close(file)
+            told = f"output = {self.path}: another process is training there; wait for it, or stop it first"
+            raise Fault(told, is_passing=True)
+        before, self._lock = self._lock, file
+        if before is not None:
+            os.close(before)
 
     def keep_newest(self, newest: Path, number: int) -> None:
         """Let `latest` name `newest`, which was just saved; remove what it supersedes: the `number` last ones stay.
@@ -146,12 +159,12 @@ class RunFolder:
         write_in_place(self.path / name, json.dumps(plain, indent=1) + "\n")
 
 
-def _is_taken(folder: int) -> bool:
-    """Take the lock on an open folder; True if somebody else has it."""
+def _is_taken(file: int) -> bool:
+    """Take the lock on an open file; True if somebody else has it."""
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError as error:  # some network file systems lock no folders
+    except OSError as error:  # some network file systems lock nothing
         _log.info("the run's folder cannot be locked (%s): see to it that no two jobs write to it", error.strerror)
     return False

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from cpt_harness.ranks import in_processes
@@ -77,7 +80,8 @@ def test_no_folder_an_empty_one_and_what_a_sudden_end_leaves_are_accepted(tmp_pa
 def test_what_a_submission_leaves_before_the_run_begins_is_accepted(tmp_path):
     for name in ("logs", "snapshot"):
         (tmp_path / name).mkdir()
-    (tmp_path / "attempts.jsonl").write_text("")
+    for name in ("attempts.jsonl", ".lock"):
+        (tmp_path / name).write_text("")
     RunFolder(tmp_path).refuse_other_contents()
 
 
@@ -120,6 +124,30 @@ def test_a_place_comes_back_from_json_as_it_was_and_a_child_begins_at_zero_with_
     assert Place.from_json(plain) == place
     begun = Place(ledger_before_stage=now.as_inherited(), rate_before_stage=5e-4, rate=5e-4, areas=Areas(rate=5e-4))
     assert Place.of_child(plain) == begun
+
+
+def test_a_folder_is_kept_by_a_lock_on_a_file_in_it_open_for_writing_which_network_file_systems_hand_on(run):
+    with run.taken(ALONE):
+        with pytest.raises(Fault, match="another process is training there") as told, RunFolder(run.path).taken(ALONE):
+            pass
+        assert told.value.is_passing
+        (lock,) = run.path.iterdir()
+        assert lock.is_file() and lock.name == ".lock"
+        handles = [handle for handle in Path("/proc/self/fd").iterdir() if handle.exists() and handle.samefile(lock)]
+        flags = [Path(f"/proc/self/fdinfo/{handle.name}").read_text().split()[3] for handle in handles]
+        assert len(flags) == 1 and int(flags[0], 8) & os.O_ACCMODE == os.O_RDWR
+    with RunFolder(run.path).taken(ALONE):
+        pass
+
+
+def test_a_folder_that_is_deleted_and_made_again_under_a_run_stays_taken(run):
+    with run.taken(ALONE):
+        shutil.rmtree(run.path)
+        run.make()
+        with pytest.raises(Fault, match="another process is training there"), RunFolder(run.path).taken(ALONE):
+            pass
+    with RunFolder(run.path).taken(ALONE):
+        pass
 
 
 def test_a_folder_that_another_process_went_on_with_after_it_was_looked_at_is_refused(run):

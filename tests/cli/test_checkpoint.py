@@ -118,10 +118,10 @@ def test_prune_never_removes_the_newest_that_is_whole(run):
 
 
 def test_prune_is_refused_while_somebody_trains_there(run, capsys):
-    lock = os.open(run, os.O_RDONLY)
+    lock = os.open(run / ".lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        assert cli.main(["checkpoint", "prune", str(run), "--keep", "1"]) == 2
+        assert cli.main(["checkpoint", "prune", str(run), "--keep", "1"]) == 1
     finally:
         os.close(lock)
     assert "another process is training there" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import pytest
 from cpt_harness import runs
 
 from cpt.lineage import chain
+from cpt.observe.attempts import read_attempts
 
 
 def config_of(data: Path, folder: Path, stages: list[dict], **more) -> Path:
@@ -133,15 +134,16 @@ def test_attention_within_documents_is_the_custom_of_llama_and_across_can_be_had
 def test_a_second_process_in_the_same_folder_is_refused_and_changes_nothing(base, data, tmp_path, ranks):
     config = config_of(data, tmp_path, [runs.stage(data, "prose", 3)])
     (tmp_path / "run").mkdir()
-    folder = os.open(tmp_path / "run", os.O_RDONLY)
+    lock = os.open(tmp_path / "run" / ".lock", os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         ended = runs.cpt("train", config, ranks=ranks)
     finally:
-        os.close(folder)
-    assert [status for status, _ in ended] == [2] * ranks
+        os.close(lock)
+    assert [status for status, _ in ended] == [1] * ranks  # that may pass
     assert (
         f"output = {tmp_path / 'run'}: another process is training there; wait for it, or stop it first" in ended[0][1]
     )
-    assert list((tmp_path / "run").iterdir()) == []
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "attempts.jsonl"]
+    assert [event["has_started"] for event in read_attempts(tmp_path / "run")] == [False]
     runs.trained(config, ranks=ranks)

@@ -28,8 +28,8 @@ SCORE_FIELDS = ["step", "tokens", "stage", "stage_end", "source", "loss", "bits_
 def test_a_run_folder_holds_what_the_design_says_and_nothing_else(base, child):
     for run, last in ((base, "step-00000020"), (child, "step-00000016")):
         assert sorted(path.name for path in run.iterdir()) == [
-            "attempts.jsonl", "checkpoints", "finished.json", "ledger.json", "lineage.json", "logs", "metrics.jsonl",
-            "order.jsonl", "run.yaml", "scores.jsonl", "tokenizer",
+            ".lock", "attempts.jsonl", "checkpoints", "finished.json", "ledger.json", "lineage.json", "logs",
+            "metrics.jsonl", "order.jsonl", "run.yaml", "scores.jsonl", "tokenizer",
         ]  # fmt: skip
         assert (run / "checkpoints" / "latest").read_text() == f"{last}\n"
         assert sorted(path.name for path in (run / "logs").iterdir()) == ["rank-00000.log"]
