@@ -77,13 +77,13 @@ def test_the_check_is_short():
 def test_other_code_other_versions_and_wrong_products_are_told_at_once():
     def patch(rank: int) -> None:
         if rank == 1:
-            health.hash_of_code = lambda package: "beef"
+            health.hash_of_code = lambda packages: "beef"
             really = health.versions
             health.versions = lambda: {**really(), "torch": "1.0"}
             health.timed_product = lambda device: (0.001, "row 3 of a product of matrices sums to 5 instead of 4")
 
     lines, other = told_on(2, patch)
-    assert other == ["other rank, status 2"]
+    assert other == ["other rank, status 1"]
     assert lines[0] == (
         "rank 1 on n1: row 3 of a product of matrices sums to 5 instead of 4; its processor, its memory or its network "
         "is faulty: leave the machine out, and have it tested"
@@ -95,12 +95,26 @@ def test_other_code_other_versions_and_wrong_products_are_told_at_once():
     assert len(lines) == 3
 
 
+def test_the_kernels_and_the_launcher_are_cpts_code_too(tmp_path):
+    folders = health.folders_of_code()
+    assert [folder.name for folder in folders] == ["cpt", "cpt_kernels", "cpt_launcher"]
+    assert all((folder / "__init__.py").is_file() for folder in folders)
+    for name in ("cpt", "cpt_kernels"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "one.py").write_text("")
+    here = [tmp_path / "cpt", tmp_path / "cpt_kernels"]
+    before = health.hash_of_code(here)
+    assert health.hash_of_code(here) == before
+    (tmp_path / "cpt_kernels" / "one.py").write_text("x = 1")
+    assert health.hash_of_code(here) != before
+
+
 def test_settings_that_differ_are_named_with_both_values():
     lines, other = told_on(2, nothing, lambda rank: {"seed": 1, "batch": {"windows": 8 + rank}})
     assert lines == [
         "rank 1 on n1: batch.windows = 9, but 8 on rank 0 on n0; give all ranks the same files and the same words"
     ]
-    assert other == ["other rank, status 2"]
+    assert other == ["other rank, status 1"]
 
 
 def test_a_clock_that_is_off_is_warned_of():
@@ -126,7 +140,7 @@ def test_a_slow_rank_is_warned_of():
 
 def test_a_slow_rank_is_refused_where_that_is_asked_for():
     first, other = told_on(2, slow, slow_factor=2.0, slow_ranks="refuse")
-    assert first[0].startswith("rank 1 on n1 is slow") and other == ["other rank, status 2"]
+    assert first[0].startswith("rank 1 on n1 is slow") and other == ["other rank, status 1"]
 
 
 def test_a_machine_that_lacks_room_where_the_first_has_it_is_warned_of():
