@@ -17,7 +17,7 @@ from cpt.data.prepare.tokenizers import Tokenizer
 
 _log = logging.getLogger(__name__)
 
-# A step of 4M tokens would be 20 MB of text, and a person reads the first windows only.
+# A step of 4M tokens would be 20 MB of text, and a person reads some of the windows only.
 _MOST_TEXTS = 64
 _MOST_CHARACTERS = 4000
 
@@ -30,7 +30,8 @@ def autopsy_of(run: Path, step: int) -> Path:
 def write_autopsy(run: Path, step: int, numbers: dict[str, Any], order: StageOrder, first_slot: int, windows: Windows):
     """Put down what is known of a bad step; `numbers` are told as they are. One rank calls it.
 
-    Every window is named; the first 64 are there as text too, up to 4,000 characters each, if the run has a tokenizer.
+    Every window is named; of 64, spread evenly over the step, there is the text too, up to 4,000 characters each, if
+    the run has a tokenizer. Which window is to blame is not known: losses are kept for the step, and by source.
     Raises nothing: why the run ends, or goes back, must be told though the disk or a corpus fails.
     """
     path = autopsy_of(run, step)
@@ -41,11 +42,14 @@ def write_autopsy(run: Path, step: int, numbers: dict[str, Any], order: StageOrd
         {"slot": order.slot_of_stage(first_slot) + index, "source": names[s], "first_token": first, "epoch": epoch}
         for index, (s, first, epoch) in enumerate(pairs)
     ]
+    shown = _spread(len(named))
+    for index, text in zip(shown, _texts(run, order, windows, shown), strict=True):
+        named[index] |= text
     told = {
         "step": step,
         **{key: _plain(value) for key, value in numbers.items()},
         "corpora": {names[stream]: str(corpora[stream].path) for stream in sorted(set(windows.stream.tolist()))},
-        "windows": [{**window, **text} for window, text in zip(named, _texts(run, order, windows), strict=True)],
+        "windows": named,
     }
     aside = path.with_name(f".{path.name}.aside")
     try:
@@ -63,17 +67,22 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _texts(run: Path, order: StageOrder, windows: Windows) -> list[dict[str, str]]:
-    """The text of each window, or why there is none; nothing for windows beyond the first ones."""
-    number = min(len(windows.stream), _MOST_TEXTS)
-    nothing: list[dict[str, str]] = [{} for _ in range(len(windows.stream) - number)]
+def _spread(number: int) -> list[int]:
+    """Which of so many windows are shown as text: all, or some from the first to the last at even distances."""
+    if number <= _MOST_TEXTS:
+        return list(range(number))
+    return [index * (number - 1) // (_MOST_TEXTS - 1) for index in range(_MOST_TEXTS)]
+
+
+def _texts(run: Path, order: StageOrder, windows: Windows, shown: list[int]) -> list[dict[str, str]]:
+    """The text of each of the windows of these numbers, or why there is none."""
     if not (run / "tokenizer").is_dir():
-        return [{} for _ in range(number)] + nothing
-    tokens = np.zeros((number, order.sequence_length + 1), dtype=np.int32)
+        return [{} for _ in shown]
+    tokens = np.zeros((len(shown), order.sequence_length + 1), dtype=np.int32)
     try:
         tokenizer = Tokenizer.open(run / "tokenizer")
-        read_windows(order, windows.stream[:number], windows.first_token[:number], tokens)
-        return [{"text": tokenizer.decode(row)[:_MOST_CHARACTERS]} for row in tokens] + nothing
+        read_windows(order, windows.stream[shown], windows.first_token[shown], tokens)
+        return [{"text": tokenizer.decode(row)[:_MOST_CHARACTERS]} for row in tokens]
     # The tokenizers' libraries raise nothing narrower on ids that they do not know.
     except (Fault, OSError, ValueError, IndexError, OverflowError, RuntimeError) as error:
-        return [{"text_missing": str(error)} for _ in range(number)] + nothing
+        return [{"text_missing": str(error)} for _ in shown]

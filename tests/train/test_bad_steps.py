@@ -15,7 +15,7 @@ from cpt.checkpoint import RunFolder
 from cpt.lineage.ledger import Ledger, Skipped
 from cpt.observe.attempts import read_attempts
 from cpt.observe.journal import Journal
-from cpt.run import rewinding
+from cpt.run import autopsy, rewinding
 from cpt.run.passed_over import read_passed_over, write_passed_over
 
 NUM_STEPS = 12
@@ -107,6 +107,19 @@ def test_a_rewind_is_told_and_the_windows_are_there_to_be_read(config, tmp_path)
     windows = autopsy["windows"]
     assert [window["slot"] for window in windows] == list(range(FIRST, FIRST + runs.WINDOWS))
     assert all(window["source"] == "prose" and window["epoch"] == 0 and window["text"] for window in windows)
+
+
+def test_the_text_is_that_of_windows_from_all_over_a_large_step(config, tmp_path, monkeypatch):
+    read = {}
+    for most in (64, 3):
+        run = tmp_path / f"most-{most}"
+        monkeypatch.setattr(autopsy, "_MOST_TEXTS", most)
+        bad = poison(bad_windows(config, 2))
+        assert runs.cpt("train", config, f"output={run}", before=bad)[0][0] == 1
+        read[most] = json.loads((run / "autopsy" / "step-00000002.json").read_text())["windows"]
+    shown = {index for index, window in enumerate(read[3]) if "text" in window}
+    assert len(read[3]) == len(read[64]) == runs.WINDOWS and shown == {0, 3, runs.WINDOWS - 1}
+    assert all(read[3][index] == read[64][index] for index in shown)
 
 
 @pytest.mark.parametrize(("policy", "status"), [("stop", 1), ("rewind", 0)])
