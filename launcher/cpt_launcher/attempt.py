@@ -24,6 +24,7 @@ from cpt_launcher.launchers import NAMES, program_of
 
 _SET_CHILD_SUBREAPER = 36  # of prctl, linux/prctl.h
 _LOOK_SECONDS = 0.2
+_DYING_SECONDS = 30.0  # after a SIGKILL; a process that waits for a disk or a device which does not answer cannot die
 
 
 def signal_for(command: Sequence[str]) -> signal.Signals | None:
@@ -49,6 +50,7 @@ class Attempt:
     def __init__(self, command: Sequence[str]) -> None:
         _adopt_orphans()
         self._command = command
+        self._killed_at: float | None = None
         try:
             self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         except OSError as error:
@@ -65,8 +67,13 @@ class Attempt:
         if number is not None and self._child.poll() is None:
             self._child.send_signal(number)
 
+    def is_unkillable(self) -> bool:
+        """Whether it was killed half a minute ago and is there still; `clear` tells of it."""
+        return self._killed_at is not None and time.monotonic() - self._killed_at > _DYING_SECONDS
+
     def kill(self) -> None:
         """End all of it at once."""
+        self._killed_at = self._killed_at or time.monotonic()
         for process in self.left():
             try:
                 process.kill()
@@ -80,18 +87,22 @@ class Attempt:
     def clear(self, seconds: float) -> list[str]:
         """Wait so long for what the ended command has left, then kill it; the command lines of what was killed.
 
-        Ranks whose launcher is gone see that themselves, and save.
+        Ranks whose launcher is gone see that themselves, and save. What cannot be killed is said to be there still.
         """
         deadline = time.monotonic() + seconds
         while (left := self.left()) and time.monotonic() < deadline:
             _bury()
             time.sleep(_LOOK_SECONDS)
-        told = [_told(process) for process in left]
-        while self.left():
+        told = {process.pid: _told(process) for process in left}
+        deadline = time.monotonic() + _DYING_SECONDS
+        while (left := self.left()) and time.monotonic() < deadline:
+            told |= {process.pid: _told(process) for process in left if process.pid not in told}
             self.kill()
             time.sleep(_LOOK_SECONDS)
         _bury()
-        return told
+        for process in left:
+            told[process.pid] = f"{_told(process)}, which is there still: a disk or a device does not answer it"
+        return list(told.values())
 
 
 def _adopt_orphans() -> None:

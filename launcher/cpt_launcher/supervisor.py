@@ -95,7 +95,7 @@ class Supervisor:
         told_before, steps_before = self._runs.num_told(), self._job.steps()
         attempt = Attempt(self._command)
         asked_at, was_killed, self._end_seen = None, False, None
-        while (status := attempt.status()) is None:
+        while (status := attempt.status()) is None and not attempt.is_unkillable():
             if self._is_asked():
                 asked_at = asked_at or self._ask_to_stop(attempt)
                 self._runs.put_stop_file()  # again and again: ranks that are just starting take it for an old one
@@ -109,6 +109,7 @@ class Supervisor:
         deadline = (asked_at or time.monotonic()) + self._grace
         if was_killed or self._runs.end_after(told_before):
             deadline = min(deadline, time.monotonic() + (0.0 if was_killed else _END_SECONDS))
+        status = 128 + signal.SIGKILL if status is None else status
         is_ours = self._clear(attempt, steps_before, deadline)
         self._is_asked()  # by a file that came meanwhile
         self._runs.remove_stop_file()
