@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cpt_harness import tiny
+from cpt_harness.equality import name_of_mesh, short
 from cpt_harness.ranks import on_ranks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -108,7 +109,7 @@ def table():
     print("\n| mesh | ranks | ZeRO | difference |\n|---|---|---|---|")
     for (mesh, ranks), of_stages in found.items():
         stages = ", ".join(map(str, sorted(of_stages)))
-        print(f"| {mesh} | {ranks} | {stages} | {max(of_stages.values()):.1e} |")
+        print(f"| {mesh} | {ranks} | {stages} | {short(max(of_stages.values()))} |")
 
 
 @pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.long)])
@@ -235,8 +236,7 @@ def test_on_every_mesh_it_is_the_unsharded_computation(case, table):
         return told
 
     ((losses, reports, fragments), *_) = on_ranks(1, work)[0]
-    mesh = " x ".join(f"{axis} {size}" for axis, size in axes.items()) or "data"
-    of_stages = table.setdefault((mesh, ranks), {})
+    of_stages = table.setdefault((name_of_mesh(ranks, axes), ranks), {})
     for zero, of_ranks in zip(stages, zip(*on_ranks(ranks, work, **axes), strict=True), strict=True):
         for mine, told, _ in of_ranks:
             assert mine == pytest.approx(losses, abs=TOLERANCE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,6 +48,18 @@ class Case:
     def __str__(self) -> str:
         cut = " x ".join(f"{axis} {size}" for axis, size in self.axes)
         return f"{self.model}: {self.ranks} ranks, {cut}, ZeRO {self.zero}"
+
+
+def name_of_mesh(ranks: int, axes: dict[str, int]) -> str:
+    """As tables have it: `tensor 2 x data 2`, `data`."""
+    num_data = ranks // math.prod(axes.values())
+    cut = [f"{axis} {size}" for axis, size in axes.items()]
+    return " x ".join(cut + ([f"data {num_data}"] if cut and num_data > 1 else [])) or "data"
+
+
+def short(number: float) -> str:
+    """As tables have it: `2.4e-7`, `0`."""
+    return f"{number:.1e}".replace("e-0", "e-") if number else "0"
 
 
 def case(model: str, ranks: int, zero: int, **axes: int) -> Case:
