@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from cpt.checkpoint.run_folder import LOCK
 from cpt.config import Fault, read_mapping
 from cpt.observe.attempts import read_attempts
 from cpt.run import Run, run_of
@@ -139,16 +140,21 @@ def _is_taken(run: Path) -> bool | None:
     """Whether a process trains in the folder: of this machine, or of any where the file system's locks reach so far;
     None if it has none.
     """
-    folder = os.open(run, os.O_RDONLY)
+    try:
+        file = os.open(run / LOCK, os.O_RDONLY)
+    except FileNotFoundError:  # no run was begun here
+        return False
+    except OSError:
+        return None
     try:
         # Shared, and given back at once: a run that begins at this moment is hardly ever kept out by it.
-        fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:  # a file system without locks
         return None
     finally:
-        os.close(folder)
+        os.close(file)
     return False
 
 

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 from cpt_harness import runs
 
+from cpt.checkpoint import RunFolder
 from cpt.cli import main
 from cpt.cli.status import lines_of
 from cpt.observe.attempts import note_attempt
+from cpt.parallel.mesh import ALONE
+from cpt_launcher import status
 from cpt_launcher.status import Status
 
 
@@ -171,3 +174,10 @@ def test_the_page_shows_what_the_command_prints():
 def test_a_folder_without_a_run_is_a_fault(tmp_path, capsys):
     assert main(["status", str(tmp_path / "nowhere")]) == 2
     assert "there is no run" in capsys.readouterr().err
+
+
+def test_who_trains_there_is_known_by_the_lock_that_the_run_itself_takes(tmp_path):
+    assert status._is_taken(tmp_path) is False
+    with RunFolder(tmp_path).taken(ALONE):
+        assert status._is_taken(tmp_path) is True
+    assert status._is_taken(tmp_path) is False
