@@ -199,7 +199,7 @@ class Supervisor:
     def _after_stop(self, verdict: Verdict, tries: Tries) -> int:
         """Requeue the job if SLURM ends it before the run is done, as it does at the time limit; the exit status."""
         number = verdict.signal or int(signal.SIGTERM)
-        reason = verdict.reason
+        reason = f"asked to stop by the file {STOP_FILE}" if self._is_asked_by_file else verdict.reason
         # Its ranks may have heeded and removed the file before it was seen here.
         is_a_persons = self._is_asked_by_file or verdict.is_by_file or number == signal.SIGINT
         if self._may_requeue and not is_a_persons:

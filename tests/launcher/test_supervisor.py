@@ -319,6 +319,7 @@ def test_the_stop_file_of_a_person_ends_the_job_for_good(tmp_path):
     assert runs.end(process) == 143
     assert "scontrol requeue 7" not in called(tmp_path)
     assert "asked to stop by the file stop" in (tmp_path / "out.txt").read_text()
+    assert [event["reason"] for event in events(tmp_path, "left")] == ["asked to stop by the file stop"]
 
 
 def test_a_stop_file_from_before_is_an_old_one_and_is_said_to_go(tmp_path):
