@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Before cpt_kernels is: without a GPU its Triton kernels run in the interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")
 sys.path.insert(0, str(Path(__file__).parent / "harness"))
+# What a shell starts in the background ignores Ctrl-C, and so would all that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # A busy machine takes a second where an idle one takes a millisecond.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
@@ -78,6 +81,14 @@ def one_thread() -> Iterator[None]:
     yield
     if (torch := sys.modules.get("torch")) and torch.get_num_threads() != 1:
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """A test that fails may leave processes behind, which would take the next ones their time."""
+    yield
+    if runs := sys.modules.get("cpt_harness.runs"):
+        runs.kill_what_was_started()
 
 
 @pytest.fixture(autouse=True)

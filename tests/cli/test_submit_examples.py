@@ -33,7 +33,8 @@ def printed(command: str, data: Path, folder: Path) -> str:
             assert main(shlex.split(command)[1:]) == 0
     finally:
         os.chdir(before)
-    return out.getvalue().replace(sys.executable, f"{HOME}/.venv/bin/python").replace(str(folder), HOME)
+    text = out.getvalue().replace(shlex.quote(sys.executable), f"{HOME}/.venv/bin/python")
+    return text.replace(str(folder), HOME)
 
 
 def test_the_examples_of_the_page_are_what_their_commands_print(data, tmp_path):
