@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cpt.config import as_pairs
+
 _SHOWN_LINES = 8  # of a kind
 
 
@@ -110,11 +112,11 @@ def _differing(of_ranks: Sequence[Report], value: Callable[[Report], str], name:
 
 def differing_settings(settings: Sequence[Any], of_ranks: Sequence[Report]) -> list[str]:
     """Which settings, as each rank has read them, differ from those of the first one."""
-    first, node = dict(_flat(settings[0])), of_ranks[0].node
+    first, node = dict(as_pairs(settings[0])), of_ranks[0].node
     return _shortened(
         f"rank {rank} on {of_ranks[rank].node}: {key} = {other.get(key, 'not set')}, but "
         f"{first.get(key, 'not set')} on rank 0 on {node}; give all ranks the same files and the same words"
-        for rank, other in enumerate(dict(_flat(theirs)) for theirs in settings)
+        for rank, other in enumerate(dict(as_pairs(theirs)) for theirs in settings)
         for key in sorted({**first, **other})
         if first.get(key) != other.get(key)
     )
@@ -124,14 +126,6 @@ def _shortened(lines: Iterable[str]) -> list[str]:
     lines = list(lines)
     more = len(lines) - _SHOWN_LINES
     return lines[:_SHOWN_LINES] + ([f"and {more} more like this"] if more > 0 else [])
-
-
-def _flat(plain: Any, where: str = "") -> list[tuple[str, Any]]:
-    if isinstance(plain, dict) and plain:
-        return [pair for key, value in plain.items() for pair in _flat(value, f"{where}.{key}" if where else str(key))]
-    if isinstance(plain, list) and plain:
-        return [pair for index, value in enumerate(plain) for pair in _flat(value, f"{where}.{index}")]
-    return [(where, plain)]
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cpt.config import Fault
+from cpt.config import Fault, write_in_place
 from cpt.data.loader import read_windows
 from cpt.data.order import StageOrder, Windows
 from cpt.data.prepare.tokenizers import Tokenizer
@@ -51,11 +51,9 @@ def write_autopsy(run: Path, step: int, numbers: dict[str, Any], order: StageOrd
         "corpora": {names[stream]: str(corpora[stream].path) for stream in sorted(set(windows.stream.tolist()))},
         "windows": named,
     }
-    aside = path.with_name(f".{path.name}.aside")
     try:
         path.parent.mkdir(exist_ok=True)
-        aside.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        aside.replace(path)
+        write_in_place(path, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         _log.error("%s cannot be written: %s; its windows: %s", path, error.strerror, named)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cpt.checkpoint import step_folder
-from cpt.config import Fault, as_mapping, read_mapping, read_settings
+from cpt.config import Fault, as_mapping, as_pairs, read_mapping, read_settings
 from cpt.data.prepare.tokenizers import Tokenizer
 from cpt.huggingface.load import read_config
 from cpt.models.growth import Growth
@@ -173,7 +173,7 @@ def in_full(plain: dict[str, Any]) -> dict[str, Any]:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines that tell which settings differ between two `run.yaml` mappings, without those that are free to change."""
-    old_lines, new_lines = (dict(_flat(plain)) for plain in (old, new))
+    old_lines, new_lines = (dict(as_pairs(plain)) for plain in (old, new))
     keys = [key for key in {**old_lines, **new_lines} if not _is_free(key)]
     return [
         f"{key} is {new_lines.get(key, 'not set')}, the run began with {old_lines.get(key, 'none')}"
@@ -184,14 +184,6 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _is_free(key: str) -> bool:
     return any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
-
-
-def _flat(plain: Any, where: str = "") -> list[tuple[str, Any]]:
-    if isinstance(plain, dict) and plain:
-        return [pair for key, value in plain.items() for pair in _flat(value, f"{where}.{key}" if where else str(key))]
-    if isinstance(plain, list) and plain:
-        return [pair for index, value in enumerate(plain) for pair in _flat(value, f"{where}.{index}")]
-    return [(where, plain)]
 
 
 def _settings_of(folder: Path) -> dict[str, Any]:
