@@ -104,7 +104,7 @@ def environment_as_before() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def loggers_as_before() -> Iterator[None]:
     """A command sends our log lines to the terminal, a run to a file; the next test begins without either."""
-    loggers = [logging.getLogger(name) for name in ("cpt", "py.warnings")]
+    loggers = [logging.getLogger(name) for name in ("cpt", "cpt_launcher", "py.warnings")]
     before = [(list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
     yield
     for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):

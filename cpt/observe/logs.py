@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+_OURS = ("cpt", "cpt_launcher")  # whose lines are told
 _LAYOUT = "%(asctime)s %(levelname).1s %(message)s"
 
 
@@ -38,9 +39,9 @@ def log_to_terminal(rank: int = 0) -> None:
     handler = _AboveTheBar()
     handler.setFormatter(logging.Formatter(_LAYOUT if rank == 0 else f"[rank {rank}] {_LAYOUT}", "%H:%M:%S"))
     handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    ours = logging.getLogger("cpt")
-    ours.handlers, ours.propagate = [handler], False
-    ours.setLevel(logging.DEBUG)  # the handlers choose
+    for ours in map(logging.getLogger, _OURS):
+        ours.handlers, ours.propagate = [handler], False
+        ours.setLevel(logging.DEBUG)  # the handlers choose
     logging.captureWarnings(True)
 
 
@@ -52,8 +53,7 @@ def log_to_file(folder: Path, rank: int) -> None:
     (folder / "logs").mkdir(exist_ok=True)
     handler = _OnDisk(folder / "logs" / f"rank-{rank:05d}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    for name in ("cpt", "py.warnings"):
-        logger = logging.getLogger(name)
+    for logger in map(logging.getLogger, (*_OURS, "py.warnings")):
         for old in [old for old in logger.handlers if isinstance(old, logging.FileHandler)]:
             logger.removeHandler(old)
             old.close()
@@ -62,7 +62,7 @@ def log_to_file(folder: Path, rank: int) -> None:
 
 def keep_in_file(lines: Iterable[str]) -> None:
     """Keep errors that the terminal learns of in another way in this rank's file, if there is one already."""
-    ours = logging.getLogger("cpt")
+    ours = logging.getLogger(_OURS[0])
     files = [handler for handler in ours.handlers if isinstance(handler, logging.FileHandler)]
     for line in lines:
         record = ours.makeRecord(ours.name, logging.ERROR, __file__, 0, line, (), None)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from cpt_launcher import slurm
 from cpt_launcher.rendezvous import number
 
-_log = logging.getLogger("cpt.supervisor")  # of the tree that log_to_terminal shows
+_log = logging.getLogger(__name__)
 
 
 class OwnJob:

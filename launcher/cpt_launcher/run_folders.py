@@ -18,7 +18,7 @@ from cpt.observe.attempts import last_end, read_attempts
 # cpt.checkpoint and the ranks know these too; to import those would take torch, and so seconds.
 FINISHED_FILE, STOP_FILE = "finished.json", "stop"
 
-_log = logging.getLogger("cpt.supervisor")  # of the tree that log_to_terminal shows
+_log = logging.getLogger(__name__)
 
 
 class RunFolders:

@@ -14,7 +14,7 @@ from cpt_launcher.rendezvous import is_slurm_step, number
 from cpt_launcher.supervisor import Supervisor
 from cpt_launcher.verdict import CANNOT_WORK, Limits
 
-_log = logging.getLogger("cpt.supervisor")  # of the tree that log_to_terminal shows
+_log = logging.getLogger(__name__)
 
 
 def main(words: Sequence[str]) -> int:

@@ -31,7 +31,7 @@ from cpt_launcher.own_job import OwnJob
 from cpt_launcher.run_folders import STOP_FILE, RunFolders
 from cpt_launcher.verdict import CANNOT_WORK, Limits, Tries, Verdict, tries_without_progress, verdict_of
 
-_log = logging.getLogger("cpt.supervisor")  # of the tree that log_to_terminal shows
+_log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.2
 _END_SECONDS = 30.0  # from the run's last word to the end of its processes, and of what started them
