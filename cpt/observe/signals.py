@@ -60,6 +60,8 @@ def listening_for_stop(
     A `file` that is there already was meant for another attempt, and goes; so does one that was heeded.
     """
     request = StopRequest(why_orphaned, file)
+    if file is not None and os.path.exists(file):
+        _log.warning("%s was there before this run listened: removed, and not heeded; touch it again to stop", file)
     _remove(file)
     before = {number: signal.signal(number, request) for number in _SIGNALS}
     try:

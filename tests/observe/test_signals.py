@@ -73,3 +73,15 @@ def test_whether_it_was_a_file_that_asked_is_known(tmp_path, is_signal_first):
             os.kill(os.getpid(), signal.SIGUSR1)
         (tmp_path / "stop").touch()
         assert stop.is_asked() and stop.is_by_file is not is_signal_first
+
+
+def test_a_stop_file_from_before_is_removed_and_not_heeded_which_is_told(caplog, tmp_path):
+    (tmp_path / "stop").touch()
+    with caplog.at_level("WARNING"), listening_for_stop(file=tmp_path / "stop") as stop:
+        assert not stop.is_asked()
+        assert not (tmp_path / "stop").exists()
+    assert "was there before this run listened: removed, and not heeded" in caplog.text
+    caplog.clear()
+    with listening_for_stop(file=tmp_path / "stop") as stop:
+        assert not stop.is_asked()
+    assert caplog.text == ""
