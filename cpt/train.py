@@ -5,7 +5,9 @@
 
 What is trained on when is decided by `cpt.data.order`, the learning rate by `cpt.schedules`, how forgetting is held off
 by `cpt.methods`, how a step is computed by `cpt.engine`. All of them are functions of `Progress`; a run that was
-stopped and taken up again therefore goes on as if nothing had happened.
+stopped and taken up again therefore goes on as if nothing had happened. What comes of a step that was bad is in
+`cpt.run.rewinding`. Each `alive(...)` is a sign for `cpt.parallel.watch`, which finds ranks that are gone or hang; what
+starts a run again after that is `launcher/supervise.py`.
 """
 
 from __future__ import annotations
