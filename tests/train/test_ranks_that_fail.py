@@ -112,17 +112,17 @@ def test_where_the_windows_of_a_bad_step_cannot_be_written_the_reason_for_the_en
     def before() -> None:
         from cpt.engine import Engine
 
-        step, write = Engine.step, Path.write_text
+        step, opened = Engine.step, Path.open
 
         def spoiled(engine, tokens, sources, num_sources, rate, progress, *others):
             if progress.step == 2:
                 engine.masters.pieces[0].values.fill_(float("nan"))
             return step(engine, tokens, sources, num_sources, rate, progress, *others)
 
-        def write_text(path, text, **named):
-            return full_disk() if path.parent.name == "autopsy" else write(path, text, **named)
+        def open_file(path, *how, **named):
+            return full_disk() if path.parent.name == "autopsy" else opened(path, *how, **named)
 
-        Engine.step, Path.write_text = spoiled, write_text
+        Engine.step, Path.open = spoiled, open_file
 
     ended = runs.cpt("train", config, ranks=2, before=before, seconds=40)
     assert [status for status, _ in ended] == [1, 1]
