@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # A busy machine takes a second where an idle one takes a millisecond.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    told = [line for report in reports for name, line in report.user_properties if name == "measured"]
+    if told:
+        terminalreporter.section("as measured")
+        terminalreporter.write_line("\n".join(sorted(told)))
+
+
+@pytest.fixture
+def tell(record_property) -> Callable[[str], None]:
+    """Takes a line, or a table, that stands in what is told at the end."""
+    return lambda line: record_property("measured", line)
 
 
 @pytest.fixture(scope="session")

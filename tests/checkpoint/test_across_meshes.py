@@ -152,13 +152,13 @@ def test_everything_is_the_same_on_any_mesh(saved, mesh):
 
 @pytest.mark.long
 @pytest.mark.parametrize("model", MODELS)
-def test_every_mesh_reads_what_every_other_has_written(tmp_path, model):
+def test_every_mesh_reads_what_every_other_has_written(tmp_path, model, tell):
     every = meshes(model)
     held, number = saved_on(every, tmp_path), 0
     for mesh in dict.fromkeys((at.ranks, at.axes) for at in every):
         number += assert_loaded_on([at for at in every if (at.ranks, at.axes) == mesh], tmp_path, held, seconds=600.0)
     assert number == len(every) ** 2
-    print(f"\n{model}: {len(every)} meshes x ZeRO stages, {number} ways from one to another, all to the bit")
+    tell(f"{model}: {len(every)} meshes x ZeRO stages, {number} ways from one to another, all to the bit")
 
 
 def test_every_element_is_written_once_and_can_be_read_in_any_part(saved):

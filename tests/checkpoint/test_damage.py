@@ -89,7 +89,7 @@ def harms_of(content: bytes) -> Iterator[bytes | None]:
 
 
 def test_every_byte_that_is_another_and_every_length_of_every_file_is_found_named_and_the_one_before_used(
-    two_ranks, record_property
+    two_ranks, tell
 ):
     """The files are small, so this goes through all of them; a line's end that becomes a space is in it."""
     newest, num_cases, num_expected = step_folder(two_ranks, 2), 0, 0
@@ -108,8 +108,7 @@ def test_every_byte_that_is_another_and_every_length_of_every_file_is_found_name
         path.write_bytes(content)
     assert Checkpoint(newest).state["note"] == 2 and damage_of(newest) == []
     assert num_cases == num_expected > 3000
-    record_property("cases", num_cases)
-    print(f"{num_cases} cases of damage, all found and named")
+    tell(f"{num_cases} cases of damage, all found and named")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""A SLURM of three nodes for each test of this folder, new and whole; what the tests measured is told at the end."""
+"""A SLURM of three nodes for each test of this folder, new and whole."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,20 +21,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             lacking = lacking or why_not() or "nothing"
             if lacking != "nothing":
                 item.add_marker(pytest.mark.skip(reason=lacking))
-
-
-def pytest_terminal_summary(terminalreporter) -> None:
-    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
-    told = [line for report in reports for name, line in report.user_properties if name == "measured"]
-    if told:
-        terminalreporter.section("as measured")
-        terminalreporter.write_line("\n".join(sorted(told)))
-
-
-@pytest.fixture
-def tell(record_property) -> Callable[[str], None]:
-    """Takes a line that stands in what is told at the end."""
-    return lambda line: record_property("measured", line)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Reptile under any ZeRO stage is Reptile on one device: same numbers, kept through checkpoints, on updates only.
 
-`pytest -m "long or not long" -s tests/methods/test_reptile.py` prints the table of docs/LEARNING.md.
+`pytest -m "long or not long" tests/methods/test_reptile.py` tells the rows of the table of docs/LEARNING.md in the end.
 """
 
 from __future__ import annotations
@@ -101,19 +101,14 @@ def assert_near(masters: dict, expected: dict) -> float:
     return max(differences.values())
 
 
-@pytest.fixture(scope="module")
-def table():
-    """For `(mesh, ranks)` and a ZeRO stage, the largest difference of the masters; printed in the end."""
-    found: dict[tuple[str, int], dict[int, float]] = {}
-    yield found
-    print("\n| mesh | ranks | ZeRO | difference |\n|---|---|---|---|")
-    for (mesh, ranks), of_stages in found.items():
-        stages = ", ".join(map(str, sorted(of_stages)))
-        print(f"| {mesh} | {ranks} | {stages} | {short(max(of_stages.values()))} |")
+def row(mesh: str, ranks: int, of_stages: dict[int, float]) -> str:
+    """Of the table; `of_stages` has for a ZeRO stage the largest difference of the masters."""
+    stages = ", ".join(map(str, sorted(of_stages)))
+    return f"| {mesh} | {ranks} | {stages} | {short(max(of_stages.values()))} |"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.long)])
-def test_losses_masters_and_displacements_equal_those_of_the_unsharded_computation(ranks, table):
+def test_losses_masters_and_displacements_equal_those_of_the_unsharded_computation(ranks, tell):
     def work(mesh):
         told = []
         for zero in STAGES:
@@ -123,7 +118,7 @@ def test_losses_masters_and_displacements_equal_those_of_the_unsharded_computati
         return told
 
     expected = reference()
-    of_stages = table.setdefault(("data, against plain torch, with and without accumulation", ranks), {})
+    of_stages: dict[int, float] = {}
     for index, of_ranks in enumerate(zip(*on_ranks(ranks, work, 300.0), strict=True)):
         for losses, reports, _ in of_ranks:
             assert losses == pytest.approx(expected["loss"], abs=TOLERANCE)
@@ -133,6 +128,7 @@ def test_losses_masters_and_displacements_equal_those_of_the_unsharded_computati
             assert reports[2]["method/reptile/kept"] == pytest.approx(STEP_SIZE, rel=1e-5)
         difference = assert_near(tiny.join([fragments for _, _, fragments in of_ranks]), expected["masters"])
         of_stages[STAGES[index // 2]] = max(difference, of_stages.get(STAGES[index // 2], 0.0))
+    tell(row("data, a Llama against plain torch, with and without accumulation", ranks, of_stages))
 
 
 class ExactGradients(nn.Module):
@@ -190,7 +186,7 @@ def exact_reference() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_where_gradients_are_exact_so_are_the_masters_to_the_bit(ranks, table):
+def test_where_gradients_are_exact_so_are_the_masters_to_the_bit(ranks, tell):
     """What is left between meshes elsewhere is the order of sums in the gradients, nothing of the outer step."""
 
     def work(mesh):
@@ -205,12 +201,11 @@ def test_where_gradients_are_exact_so_are_the_masters_to_the_bit(ranks, table):
         return told
 
     expected = exact_reference()
-    of_stages = table.setdefault(("data, gradients that are exact however they are summed", ranks), {})
     for zero, of_ranks in zip(STAGES, zip(*on_ranks(ranks, work), strict=True), strict=True):
         masters = tiny.join(of_ranks)
         for name in expected:
-            assert torch.equal(masters[name], expected[name]), name
-        of_stages[zero] = 0.0
+            assert torch.equal(masters[name], expected[name]), (name, zero)
+    tell(row("data, gradients that are exact however they are summed", ranks, dict.fromkeys(STAGES, 0.0)))
 
 
 MESHES = [(2, {"tensor": 2}, (0, 1, 3)), (2, {"pipeline": 2}, (0, 1)), (4, {}, (0, 2, 3)), (2, {"sequence": 2}, (2,)),
@@ -221,7 +216,7 @@ MORE = [(2, {"tensor": 2}, (2,)), (4, {"tensor": 2}, (0, 3)), (4, {"pipeline": 2
 
 
 @pytest.mark.parametrize("case", [*MESHES, *(pytest.param(one, marks=pytest.mark.long) for one in MORE)], ids=str)
-def test_on_every_mesh_it_is_the_unsharded_computation(case, table):
+def test_on_every_mesh_it_is_the_unsharded_computation(case, tell):
     ranks, axes, stages = case
     settings = dataclasses.replace(tiny.LLAMA, heads=4, kv_heads=2, head_width=6)
 
@@ -236,12 +231,13 @@ def test_on_every_mesh_it_is_the_unsharded_computation(case, table):
         return told
 
     ((losses, reports, fragments), *_) = on_ranks(1, work)[0]
-    of_stages = table.setdefault((name_of_mesh(ranks, axes), ranks), {})
+    of_stages: dict[int, float] = {}
     for zero, of_ranks in zip(stages, zip(*on_ranks(ranks, work, **axes), strict=True), strict=True):
         for mine, told, _ in of_ranks:
             assert mine == pytest.approx(losses, abs=TOLERANCE)
             assert told == [pytest.approx(report, rel=1e-4) for report in reports]
         of_stages[zero] = assert_near(tiny.join([one for _, _, one in of_ranks]), tiny.join([fragments]))
+    tell(row(name_of_mesh(ranks, axes), ranks, of_stages))
 
 
 @pytest.mark.parametrize("outer", [{"momentum": 0.9}, {"momentum": 0.6, "nesterov": True}], ids=str)
