@@ -49,6 +49,7 @@ from cpt.run.attempt import attempt
 from cpt.run.beginning import TrainingError, open_gate, scores_of_parent, weights_of_folder, where_to_begin
 from cpt.run.kernels import kernels_for
 from cpt.run.opening import prepare_folder, settle_folder, tell_what_was_built
+from cpt.run.out_of_memory import telling_of_memory
 from cpt.run.raising import with_replay_raised
 from cpt.run.rewinding import NOTHING_DONE, BadSteps
 from cpt.run.saving import Saving
@@ -101,7 +102,7 @@ def train(
     model = make_model()
     is_gathered, is_within_documents = run.zero == 3, run.is_within_documents
     compiled = prepare_blocks(model, run.recompute, run.compile, is_gathered, is_within_documents)
-    with alike(mesh):
+    with telling_of_memory(run, mesh), alike(mesh):
         engine = Engine(
             model,
             run.engine,
@@ -130,6 +131,7 @@ def train(
         folder.taken(mesh),
         listening_for_stop(why_orphaned, folder.path / "stop" if mesh.is_first else None) as stop,
         attempt(folder.path, mesh, place.progress.step, job) as this_attempt,
+        telling_of_memory(run, mesh),
     ):
         with together(mesh):
             if mesh.is_first:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from cpt.observe.attempts import read_attempts
 from cpt_harness import ranks, runs  # noqa: F401 (`ranks` imports what every rank needs, once)
@@ -135,3 +138,10 @@ def last_end(run: Path) -> dict[str, Any]:
     start = max(place for place, event in enumerate(events) if event["event"] == "started")
     (ended,) = [event for event in events[start:] if event["event"] == "ended"]
     return ended
+
+
+def run_out_of_memory() -> None:
+    """From now on this process gets no more address space, and what it asks for next is refused."""
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held, held))
+    torch.empty(1 << 30)
