@@ -16,14 +16,18 @@ from cpt.config import Fault
 CHECKSUMS, INDEX, STATE = "checksums.json", "index.json", "state.json"
 
 
+class Unreadable(str):
+    """A line about a file that the disk does not give. It may yet, where a file system is away for a while."""
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """The names and values in a file of a checkpoint. Raises Fault that names the file."""
+    """The names and values in a file of a checkpoint. Raises Fault that names the file; passing, if the disk fails."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Fault(f"{path} is missing: this is no checkpoint, or a damaged one") from None
     except (OSError, ValueError) as error:
-        raise Fault(f"{path} cannot be read: {error}") from None
+        raise Fault(f"{path} cannot be read: {error}", is_passing=isinstance(error, OSError)) from None
     if not isinstance(content, dict):
         raise Fault(f"{path} holds a {type(content).__name__}, expected names and values: the checkpoint is damaged")
     return content
@@ -53,7 +57,7 @@ def damaged_files(
         try:
             is_same = not path.is_file() or checksum(path, advance) == sums[name]
         except OSError as error:
-            yield f"{path} cannot be read: {error.strerror or error}: the checkpoint is damaged"
+            yield Unreadable(f"{path} cannot be read: {error.strerror or error}: the checkpoint is damaged")
             continue
         if not is_same:
             yield f"{path} has changed since it was written, or {folder / CHECKSUMS} has: the checkpoint is damaged"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cpt.checkpoint.damage import STATE, damaged_files, missing_files, read_checksums, read_index, read_json
+from cpt.checkpoint.damage import STATE, Unreadable, damaged_files, missing_files, read_checksums, read_index, read_json
 from cpt.checkpoint.write import checkpoint_folders, step_folder
 from cpt.config import Fault
 from cpt.parallel.mesh import ALONE, Mesh
@@ -25,14 +25,14 @@ class Checkpoint:
     """One checkpoint, opened and found whole: every file is there and has its checksum.
 
     `share`: of the files, by name, those whose checksum is looked at here, because other ranks look at the others.
-    Raises Fault naming the first file that is missing or damaged.
+    Raises Fault naming the first file that is missing or damaged; passing, if the disk does not give it.
     """
 
     def __init__(self, folder: Path, check: bool = True, share: slice = slice(None)) -> None:
         self.folder = folder
         sums = read_checksums(folder)
         for line in damaged_files(folder, sums, share=share) if check else missing_files(folder, sums):
-            raise Fault(line)
+            raise Fault(line, is_passing=isinstance(line, Unreadable))
         self._tensors = read_index(folder, sums)
         self.state: dict[str, Any] = read_json(folder / STATE)
         self._open: dict[str, Any] = {}
@@ -149,7 +149,8 @@ def find_checkpoint(
 
     The first rank says which there are; each rank looks through some of the files. A damaged one is told loudly and the
     one before it is taken. None if the folder holds none at all. Raises Fault on all ranks if that step is not there or
-    is damaged, or if every checkpoint is. `up_to`: as if those of later steps were not there.
+    is damaged, or if every checkpoint is; passing, if the disk does not give one of them, which may be whole.
+    `up_to`: as if those of later steps were not there.
     """
     there = mesh.from_first([int(folder.name.removeprefix("step-")) for folder in checkpoint_folders(checkpoints)])
     there = [step for step in there if up_to is None or step <= up_to]
@@ -157,26 +158,29 @@ def find_checkpoint(
         told = ", ".join(map(str, there)) or "none"
         raise Fault(f"{checkpoints}: there is no checkpoint at step {at}; there are: {told}")
     damage: list[str] = []
+    is_passing = False
     for step in reversed(there if at == "latest" else [int(at)]):
-        checkpoint, lines = _opened(step_folder(checkpoints, step), check, mesh)
+        checkpoint, lines, is_unreadable = _opened(step_folder(checkpoints, step), check, mesh)
         if not lines:
             return checkpoint
         damage += lines
+        is_passing |= is_unreadable
         if at == "latest":
             _log.warning("%s; trying the one before", "; ".join(lines))
     if not damage:
         return None
-    raise Fault([f"{checkpoints}: no checkpoint is whole", *damage] if at == "latest" else damage)
+    said = [f"{checkpoints}: no checkpoint is whole"] if at == "latest" else []
+    raise Fault([*said, *damage], is_passing=is_passing)
 
 
-def _opened(folder: Path, check: bool, mesh: Mesh) -> tuple[Checkpoint | None, list[str]]:
-    """A checkpoint, or what some rank finds wrong with it: the same on all."""
-    checkpoint, fault = None, ""
+def _opened(folder: Path, check: bool, mesh: Mesh) -> tuple[Checkpoint | None, list[str], bool]:
+    """A checkpoint, or what some rank finds wrong with it, and whether a disk is all that is: the same on all."""
+    checkpoint, fault, is_unreadable = None, "", False
     try:
         checkpoint = Checkpoint(folder, check, slice(mesh.rank, None, mesh.size))
     except Fault as error:
-        fault = "\n".join(error.lines)
+        fault, is_unreadable = "\n".join(error.lines), error.is_passing
     except OSError as error:
-        fault = f"{error.filename or folder} cannot be read: {error.strerror or error}"
+        fault, is_unreadable = f"{error.filename or folder} cannot be read: {error.strerror or error}", True
     said = dict.fromkeys(line for text in mesh.texts(fault) for line in text.splitlines())
-    return checkpoint, list(said)
+    return checkpoint, list(said), mesh.any(is_unreadable)

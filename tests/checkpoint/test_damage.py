@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from cpt_harness.ranks import on_ranks
 
-from cpt.checkpoint import Checkpoint, Content, RunFolder, find_checkpoint, step_folder, write_checkpoint
+from cpt.checkpoint import Checkpoint, Content, RunFolder, damage, find_checkpoint, step_folder, write_checkpoint
 from cpt.checkpoint.damage import damage_of
 from cpt.checkpoint.write import checkpoint_folders, checksum
 from cpt.config import Fault
@@ -178,6 +180,28 @@ def test_if_none_is_whole_all_are_told_and_if_there_is_none_that_is_no_fault(thr
         find_checkpoint(three)
     assert len(found.value.lines) == 4 and "no checkpoint is whole" in found.value.lines[0]
     assert find_checkpoint(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_if_the_disk_gives_none_that_may_pass_but_not_if_one_has_changed(three, monkeypatch, name):
+    def fails(path: Path, *more, _give, **named):
+        if path.name == name and path.parent.parent == three:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return _give(path, *more, **named)
+
+    monkeypatch.setattr(damage, "checksum", partial(fails, _give=damage.checksum))
+    if not name.startswith("pieces"):
+        give = Path.read_text
+        monkeypatch.setattr(Path, "read_text", lambda path, *more, **named: fails(path, *more, _give=give, **named))
+    with pytest.raises(Fault, match="Input/output error") as found:
+        find_checkpoint(three)
+    assert found.value.is_passing and len(found.value.lines) == 4
+    monkeypatch.undo()
+    for folder in checkpoint_folders(three):
+        flip(folder / name)
+    with pytest.raises(Fault) as found:
+        find_checkpoint(three)
+    assert not found.value.is_passing
 
 
 def test_a_folder_that_was_being_written_counts_for_nothing(three):
