@@ -118,6 +118,8 @@ class Engine:
             method.meet(model, make_model, self.masters, mesh)
         self._progress = Progress()
         self._clipped_norm = 0.0
+        # Of the last step, of this rank's windows in their order: losses summed over targets, and targets that count.
+        self._sums_of_windows, self._counts_of_windows = torch.zeros(0), torch.zeros(0)
         self._is_refused: Callable[[float], bool] | None = None  # whether the step that is going on is, by its norm
         self._was_refused = False
         # DeepSpeed's engines all end a step in one call of this bound method, at every ZeRO stage.
@@ -211,6 +213,9 @@ class Engine:
         self._is_refused = (lambda norm: self._mesh.any(is_bad(sum_over_ranks()[0], norm))) if is_bad else None
         self._train(micro_batches, loss_of)
         loss, sums = sum_over_ranks()
+        summed = [losses for _, losses in by_window.values()]  # none on the parts of a pipeline without the head
+        self._sums_of_windows = torch.cat(summed) if summed else torch.zeros(len(counts))
+        self._counts_of_windows = counts
         return StepResult(
             loss=loss,
             loss_by_source={i: float(sums[0, i] / sums[1, i]) for i in range(num_sources) if sums[1, i] > 0},
@@ -219,6 +224,19 @@ class Engine:
             stop_asked=bool(sums[0, -1] > 0),
             save_asked=bool(sums[1, -1] > 0),
         )
+
+    def window_losses(self) -> torch.Tensor:
+        """Loss of each window of the last step, the mean over its targets that count, 0 if none does.
+
+        [B of all ranks] float64, on the CPU, in the order of the batch; collective, and the same on all ranks.
+        """
+        sums = torch.zeros(2, self._mesh.data_size, len(self._counts_of_windows), dtype=torch.float64)
+        if self._mesh.tensor.rank == 0:
+            sums[0, self._mesh.data_rank] = self._sums_of_windows.cpu()
+        if self._mesh.speaks_for_windows:
+            sums[1, self._mesh.data_rank] = self._counts_of_windows.double()
+        sums = self._mesh.sum(sums.to(self._mesh.device)).cpu()
+        return (sums[0] / sums[1].clamp(min=1)).flatten()
 
     def use_model_settings(self, settings: Any) -> None:
         """Let the model compute with other rotary positions from now on; shapes must be the same."""

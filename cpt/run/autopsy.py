@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +28,31 @@ def autopsy_of(run: Path, step: int) -> Path:
     return run / "autopsy" / f"step-{step:08d}.json"
 
 
-def write_autopsy(run: Path, step: int, numbers: dict[str, Any], order: StageOrder, first_slot: int, windows: Windows):
+def write_autopsy(
+    run: Path,
+    step: int,
+    numbers: dict[str, Any],
+    order: StageOrder,
+    first_slot: int,
+    windows: Windows,
+    losses: Sequence[float],
+) -> None:
     """Put down what is known of a bad step; `numbers` are told as they are. One rank calls it.
 
-    Every window is named; of 64, spread evenly over the step, there is the text too, up to 4,000 characters each, if
-    the run has a tokenizer. Which window is to blame is not known: losses are kept for the step, and by source.
+    Every window is named, with its loss of `losses`; of the 64 with the highest, those that are not finite first, there
+    is the text too, up to 4,000 characters each, if the run has a tokenizer.
     Raises nothing: why the run ends, or goes back, must be told though the disk or a corpus fails.
     """
     path = autopsy_of(run, step)
     names, corpora = order.source_names, order.corpora
     epochs = order.epochs(first_slot, len(windows.stream)).tolist()
-    pairs = zip(windows.stream.tolist(), windows.first_token.tolist(), epochs, strict=True)
+    rows = zip(windows.stream.tolist(), windows.first_token.tolist(), epochs, map(_plain, losses), strict=True)
     named = [
-        {"slot": order.slot_of_stage(first_slot) + index, "source": names[s], "first_token": first, "epoch": epoch}
-        for index, (s, first, epoch) in enumerate(pairs)
-    ]
-    shown = _spread(len(named))
+        {"slot": order.slot_of_stage(first_slot) + index, "source": names[s], "first_token": first, "epoch": epoch,
+         "loss": loss}
+        for index, (s, first, epoch, loss) in enumerate(rows)
+    ]  # fmt: skip
+    shown = _worst(losses)
     for index, text in zip(shown, _texts(run, order, windows, shown), strict=True):
         named[index] |= text
     told = {
@@ -65,11 +75,15 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _spread(number: int) -> list[int]:
-    """Which of so many windows are shown as text: all, or some from the first to the last at even distances."""
+def _worst(losses: Sequence[float]) -> list[int]:
+    """Which windows are shown as text: all, or those with the highest losses; of equals, from all over the step."""
+    number = len(losses)
     if number <= _MOST_TEXTS:
         return list(range(number))
-    return [index * (number - 1) // (_MOST_TEXTS - 1) for index in range(_MOST_TEXTS)]
+    heights = [loss if math.isfinite(loss) else math.inf for loss in losses]
+    if min(heights) == max(heights):
+        return [index * (number - 1) // (_MOST_TEXTS - 1) for index in range(_MOST_TEXTS)]
+    return sorted(sorted(range(number), key=lambda index: -heights[index])[:_MOST_TEXTS])
 
 
 def _texts(run: Path, order: StageOrder, windows: Windows, shown: list[int]) -> list[dict[str, str]]:

@@ -87,11 +87,12 @@ class BadSteps:
         number = self.num_known(place) + 1
         is_too_many = number > settings.at_most
         policy = "stop" if is_too_many or (bad.policy == "skip_step" and not result.skipped) else bad.policy
+        losses = self.engine.window_losses().tolist()
         if self.mesh.is_first:
             by_source = {order.source_names[index]: loss for index, loss in result.loss_by_source.items()}
             numbers = {"loss": result.loss, "grad_norm": result.grad_norm, "loss_by_source": by_source}
             told = {"stage": stage, "reason": bad.reason, "policy": policy, **numbers}
-            write_autopsy(self.folder.path, step, told, order, first_slot, batch.windows)
+            write_autopsy(self.folder.path, step, told, order, first_slot, batch.windows, losses)
         if policy == "stop":
             self._end(bad, step, result, is_too_many)
         found = Skipped(stage, order.slot_of_stage(first_slot), num_windows, step, bad.reason)

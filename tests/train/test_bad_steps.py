@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from cpt_harness import runs, tiny
-from cpt_harness.poison import bad_windows, call_all, poison
+from cpt_harness.poison import all_windows, bad_windows, call_all, poison
 
 from cpt.checkpoint import RunFolder
 from cpt.lineage.ledger import Ledger, Skipped
@@ -65,6 +66,10 @@ def skipped_of(run: Path) -> list[Skipped]:
     return [Skipped.from_json(one) for one in json.loads((run / "ledger.json").read_text()).get("skipped", [])]
 
 
+def windows_of_autopsy(run: Path, step: int = BAD_STEP) -> list[dict]:
+    return json.loads((run / "autopsy" / f"step-{step:08d}.json").read_text())["windows"]
+
+
 def assert_same_end(found: Path, expected: Path) -> None:
     """Weights, moments, methods, ledger, order and scores from the bad step on."""
     here, there = runs.story(found), runs.story(expected)
@@ -94,6 +99,9 @@ def test_the_run_ends_as_one_that_never_saw_the_windows(data, config, tmp_path, 
     assert [line.get("bad_steps", 0) for line in lines[BAD_STEP - 2 :]] == [int(policy == "rewind"), 1, 1, 1, 1, 1]
     assert "loss nan" in lines[BAD_STEP - 1]["why_skipped"] and lines[BAD_STEP - 1]["loss"] is None
     assert "NaN" not in (run / "metrics.jsonl").read_text()
+    is_nan = [window["loss"] == "nan" for window in windows_of_autopsy(run)]
+    of_step = torch.from_numpy(all_windows(config)[FIRST : FIRST + runs.WINDOWS, :-1])
+    assert is_nan == (of_step == bad_windows(config, BAD_STEP)).all(dim=1).tolist() and any(is_nan)
 
 
 def test_a_rewind_is_told_and_the_windows_are_there_to_be_read(config, tmp_path):
@@ -107,19 +115,29 @@ def test_a_rewind_is_told_and_the_windows_are_there_to_be_read(config, tmp_path)
     windows = autopsy["windows"]
     assert [window["slot"] for window in windows] == list(range(FIRST, FIRST + runs.WINDOWS))
     assert all(window["source"] == "prose" and window["epoch"] == 0 and window["text"] for window in windows)
+    losses = [window["loss"] for window in windows]
+    assert losses.count("nan") == 1 and all(2 < loss < 5 for loss in losses if loss != "nan")
 
 
-def test_the_text_is_that_of_windows_from_all_over_a_large_step(config, tmp_path, monkeypatch):
+def test_of_a_large_step_the_text_is_that_of_the_windows_with_the_highest_losses(config, tmp_path, monkeypatch):
     read = {}
     for most in (64, 3):
         run = tmp_path / f"most-{most}"
         monkeypatch.setattr(autopsy, "_MOST_TEXTS", most)
         bad = poison(bad_windows(config, 2))
         assert runs.cpt("train", config, f"output={run}", before=bad)[0][0] == 1
-        read[most] = json.loads((run / "autopsy" / "step-00000002.json").read_text())["windows"]
+        read[most] = windows_of_autopsy(run, 2)
     shown = {index for index, window in enumerate(read[3]) if "text" in window}
-    assert len(read[3]) == len(read[64]) == runs.WINDOWS and shown == {0, 3, runs.WINDOWS - 1}
+    losses = [math.inf if window["loss"] == "nan" else window["loss"] for window in read[64]]
+    assert shown == set(sorted(range(runs.WINDOWS), key=losses.__getitem__)[-3:]) and losses.count(math.inf) == 1
+    assert len(read[3]) == len(read[64]) == runs.WINDOWS
     assert all(read[3][index] == read[64][index] for index in shown)
+
+
+def test_where_all_losses_are_as_bad_the_text_is_that_of_windows_from_all_over_the_step(monkeypatch):
+    monkeypatch.setattr(autopsy, "_MOST_TEXTS", 3)
+    assert autopsy._worst([math.nan] * 8) == [0, 3, 7]
+    assert autopsy._worst([1.0, 9.0, math.nan, 2.0, math.inf]) == [1, 2, 4]
 
 
 @pytest.mark.parametrize(("policy", "status"), [("stop", 1), ("rewind", 0)])

@@ -19,17 +19,20 @@ from cpt.run.stages import order_of
 NOTHING = Ledger()
 
 
-def bad_windows(config: Path, *steps: int, stage: int = 0, ledger: Ledger = NOTHING) -> torch.Tensor:
-    """The tokens [steps, S] of one window of each of these steps of a run's stage, which come up only there.
-
-    `ledger`: of what was consumed before the stage.
-    """
+def all_windows(config: Path, stage: int = 0, ledger: Ledger = NOTHING) -> np.ndarray:
+    """The tokens [slots, S + 1] of a run's stage. `ledger`: of what was consumed before it."""
     run = read_run([str(config)])
     order = order_of(run, Place(Progress(stage=stage), ledger.as_inherited()))
-    num_slots, size = run.num_slots(run.stages[stage]), run.batch.windows
+    num_slots = run.num_slots(run.stages[stage])
     windows = order.windows(0, num_slots)
     tokens = np.zeros((num_slots, order.sequence_length + 1), dtype=np.int32)
     read_windows(order, windows.stream, windows.first_token, tokens)
+    return tokens
+
+
+def bad_windows(config: Path, *steps: int, stage: int = 0, ledger: Ledger = NOTHING) -> torch.Tensor:
+    """The tokens [steps, S] of one window of each of these steps of a run's stage, which come up only there."""
+    tokens, size = all_windows(config, stage, ledger), read_run([str(config)]).batch.windows
     _, index, count = np.unique(tokens[:, :-1], axis=0, return_inverse=True, return_counts=True)
     of_steps = [range((step - 1) * size, step * size) for step in steps]
     slots = [next(slot for slot in reversed(slots) if count[index[slot]] == 1) for slots in of_steps]
