@@ -57,35 +57,62 @@ def _adamw(param_groups, learning_rate, betas, epsilon, fused: bool, kind=torch.
 
 
 class TritonAdamW(torch.optim.AdamW):
-    """torch's AdamW with an update of our own, for contiguous fp32 parameters."""
+    """torch's AdamW with an update of our own, for fp32 parameters in any order in memory but without gaps."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient. Raises ValueError for one where Triton's kernels cannot run."""
+        """Update every parameter that has a gradient.
+
+        Raises ValueError, before any is updated, with a line for each reason for which one of them cannot be: where
+        Triton's kernels do not run, what is not fp32, and what has gaps in memory.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+        updates = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        faults = dict.fromkeys(fault for parameter, _ in updates if (fault := _why_not_updated(parameter)))
+        if faults:
+            raise ValueError("\n".join(f"kernels.adamw = triton with {fault}" for fault in faults))
+        for parameter, group in updates:
+            self._update(parameter, group)
         return loss
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        reason = why_not(parameter.device)
-        if reason:
-            raise ValueError(f"kernels.adamw = triton with masters on {parameter.device}: {reason}; use torch")
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         state["step"] += 1
+        for name in ("exp_avg", "exp_avg_sq"):  # of a state that was loaded
+            state[name] = _in_the_order_of(parameter, state[name])
         adamw_update.update(
-            [parameter], [parameter.grad.contiguous()], [state["exp_avg"]], [state["exp_avg_sq"]],
+            [parameter], [_in_the_order_of(parameter, parameter.grad)], [state["exp_avg"]], [state["exp_avg_sq"]],
             state["step"].to(parameter.device), learning_rate=float(group["lr"]), betas=group["betas"],
             epsilon=group["eps"], weight_decay=group["weight_decay"],
         )  # fmt: skip
+
+
+def _why_not_updated(parameter: Tensor) -> str | None:
+    reason = why_not(parameter.device)
+    if reason is not None:
+        return f"masters on {parameter.device}: {reason}; use torch"
+    if parameter.dtype is not torch.float32:
+        return f"a parameter of {parameter.dtype}: it updates torch.float32 alone; keep masters in fp32, or use torch"
+    # empty_like keeps the strides of a tensor without gaps or overlaps, and of no other.
+    if torch.empty_like(parameter, device="meta").stride() != parameter.stride():
+        return (
+            f"a parameter of shape {list(parameter.shape)} and strides {list(parameter.stride())}: there are gaps "
+            "between its elements in memory; make it contiguous, or use torch"
+        )
+    return None
+
+
+def _in_the_order_of(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """`tensor` with its elements in memory where the kernel, which sees memory alone, finds those of the parameter."""
+    if tensor.stride() == parameter.stride():
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
 
 
 TWINS: dict[str, Callable[..., torch.optim.AdamW]] = {"plain": plain, "torch": fused, "triton": triton}

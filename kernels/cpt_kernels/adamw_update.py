@@ -47,7 +47,7 @@ def update(
     tensors, and on nothing else. step: the number of this update, from 1, a number on the device: nothing waits.
     weights: copies of the masters in another type, which are written. anchors: fp32; the master then keeps the share
     `kept` of its way from there and the anchor goes where it is (Reptile, Lookahead; see cpt/methods/reptile.py).
-    All contiguous, tensors of the same place of as many elements.
+    All without gaps in memory, tensors of the same place of as many elements in the same order there.
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101; random rounding: Gupta et al. 2015, arXiv:1502.02551.
     """
     count = step.double()

@@ -76,6 +76,27 @@ def test_it_is_torch_s_own_update_to_a_rounding(device):
         assert (mine - theirs).abs().max() < 3e-7
 
 
+@pytest.mark.parametrize("turns", ["parameter", "parameter and gradient", "gradient", "moments"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_parameters_gradients_and_moments_may_lie_in_memory_in_another_order(device, turns):
+    start, *gradients = (random(37, 53, seed=s, dtype=torch.float32).to(device) for s in (1, 2, 3, 4))
+    if "gradient" in turns:
+        gradients = [gradient.T.contiguous().T for gradient in gradients]
+    results = []
+    for make in (adamw.plain, adamw.triton):
+        parameter = torch.nn.Parameter(start.T.contiguous().T if "parameter" in turns else start.clone())
+        optimizer = make([{"params": [parameter], "weight_decay": 0.1}], 0.01, (0.9, 0.95), 1e-8)
+        for gradient in gradients:
+            parameter.grad = gradient
+            optimizer.step()
+            state = optimizer.state[parameter]
+            if turns == "moments" and make is adamw.triton:  # as another run may have written them
+                state |= {name: state[name].T.contiguous().T for name in ("exp_avg", "exp_avg_sq")}
+        results.append([parameter.detach(), state["exp_avg"], state["exp_avg_sq"]])
+    for mine, theirs in zip(*results, strict=True):
+        assert (mine - theirs).abs().max() < 3e-7
+
+
 @pytest.mark.parametrize("kept", [1.0, 0.7, 0.5, 0.2])
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_pull_is_reptile_s_and_keeping_all_changes_nothing(device, kept):
@@ -168,3 +189,37 @@ def test_masters_where_no_kernel_can_run_are_told(monkeypatch):
     optimizer = adamw.triton([{"params": [parameter]}], 0.01, (0.9, 0.95), 1e-8)
     with pytest.raises(ValueError, match="kernels.adamw = triton with masters on cpu: Triton has no cpu; use torch"):
         optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (
+            lambda ones: ones[0].bfloat16(),
+            "a parameter of torch.bfloat16: it updates torch.float32 alone; keep masters in fp32, or use torch",
+        ),
+        (
+            lambda ones: ones[:, ::2],
+            "a parameter of shape [2, 3] and strides [6, 2]: there are gaps between its elements in memory; "
+            "make it contiguous, or use torch",
+        ),
+        (
+            lambda ones: ones[:, :1].expand(2, 3),
+            "a parameter of shape [2, 3] and strides [6, 0]: there are gaps between its elements in memory; "
+            "make it contiguous, or use torch",
+        ),
+    ],
+    ids=["bf16", "gaps", "expanded"],
+)
+@pytest.mark.parametrize("device", DEVICES)
+def test_parameters_that_the_kernel_cannot_update_are_told_before_any_is(device, wrong, told):
+    ones = torch.ones(2, 6, device=device)
+    parameters = [torch.nn.Parameter(tensor) for tensor in (ones.clone(), wrong(ones))]
+    for parameter in parameters:
+        parameter.grad = torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
+    optimizer = adamw.triton([{"params": parameters}], 0.01, (0.9, 0.95), 1e-8)
+    with pytest.raises(ValueError) as raised:
+        optimizer.step()
+    assert str(raised.value) == f"kernels.adamw = triton with {told}"
+    assert all(torch.equal(parameter, torch.ones_like(parameter)) for parameter in parameters)
+    assert not optimizer.state
