@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,6 +55,28 @@ class Part(nn.Module):
         return made
 
 
+@dataclass
+class TiedGradient:
+    """The gradient of a weight that lies on two parts, for DeepSpeed to add up there: wherever its optimiser keeps it.
+
+    DeepSpeed looks for `grad` alone. At stage 1, where gradients are summed in another type than that of the weights
+    (fp16, or bf16 with offloading), it is empty by then, and the two copies would go different ways.
+    """
+
+    weight: nn.Parameter
+    optimizer: Any = None  # known once the engine is made
+
+    @property
+    def grad(self) -> Tensor | None:
+        """What is summed so far over the micro-batches."""
+        kept = getattr(self.optimizer, "get_param_gradient_attribute", None)
+        return kept(self.weight) if kept else self.weight.grad
+
+    @property
+    def _hp_grad(self) -> Tensor | None:  # of BF16_Optimizer: bf16 without offloading
+        return self.weight._hp_grad
+
+
 class Pipeline:
     """Takes the micro-batches of a step through all parts. Hand `module` to `deepspeed.initialize`, then `use`."""
 
@@ -62,7 +85,8 @@ class Pipeline:
         # The one of a tied pair that lies here, on the first or the last part; else None.
         is_tied_here = model.settings.tied and (mesh.is_first_part or mesh.is_last_part)
         self._tied = model.embedding.weight if is_tied_here else None
-        self.module = _module(self._part, self._tied, self._loss, mesh)
+        self._tied_gradient = None if self._tied is None else TiedGradient(self._tied)
+        self.module = _module(self._part, self._tied_gradient, self._loss, mesh)
         if self._tied is not None:
             self._tied.ds_pipe_replicated = mesh.is_last_part  # counts once in the norm of all gradients
         self._loss_of: LossOf | None = None
@@ -70,6 +94,8 @@ class Pipeline:
     def use(self, engine: Any) -> None:
         """Run on this DeepSpeed engine, which was made around `module`."""
         self._engine = engine
+        if self._tied_gradient is not None:
+            self._tied_gradient.optimizer = engine.optimizer
 
     def train(self, micro_batches: Sequence[MicroBatch], loss_of: LossOf) -> None:
         """Forward and backward of all, and the update. `loss_of` is called on the last part only."""
@@ -117,14 +143,14 @@ class Pipeline:
         return self._loss_of(self._part.latest, losses)
 
 
-def _module(part: Part, tied: nn.Parameter | None, loss: Any, mesh: Mesh) -> Any:
+def _module(part: Part, tied: TiedGradient | None, loss: Any, mesh: Mesh) -> Any:
     """DeepSpeed's pipeline of one layer a part."""
     import deepspeed
     from deepspeed.pipe import PipelineModule
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     class Module(PipelineModule):
-        def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+        def get_tied_weights_and_groups(self) -> list[tuple[TiedGradient, Any]]:
             return [] if tied is None else [(tied, mesh.ends.handle)]
 
     # `initialize` would do it, too late for the module.

@@ -47,6 +47,34 @@ def test_bf16_stays_near_fp32_and_tied_copies_are_equal_to_the_bit():
         assert mine["norm"] == pytest.approx(reference["norm"], rel=0.05)
 
 
+OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
+# Precision and settings of `zero_optimization`: DeepSpeed sums gradients in another place in each.
+KEPT_IN = [("fp16", {}), ("bf16", OFFLOADED), ("fp32", OFFLOADED), ("fp16", OFFLOADED), ("fp32", {"overlap_comm": True}),
+           ("fp16", {"overlap_comm": True}), ("fp32", {"contiguous_gradients": False})]  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_gradients_of_tied_copies_are_added_wherever_they_are_kept(ranks):
+    def work(mesh):
+        tiny.let_the_cpu_train_in_fp16()
+        told = []
+        for precision, block in KEPT_IN:
+            engine = tiny.start_engine(
+                mesh, model=make(TIED[0]), precision=precision, micro_batch=2 if ranks == 2 else 1, epsilon=1e-4,
+                deepspeed={"zero_optimization": block},
+            )  # fmt: skip
+            results = tiny.take_steps(engine, mesh, 0, 10)
+            told.append(([r.loss for r in results], [r.grad_norm for r in results], engine.differing_copies()))
+        return told
+
+    expected = alone(TIED[0])
+    for kept_in, of_ranks in zip(KEPT_IN, zip(*on_ranks(ranks, work, 300.0, pipeline=2), strict=True), strict=True):
+        for losses, norms, differing in of_ranks:
+            assert differing == [], kept_in
+            assert losses == pytest.approx(expected["loss"], abs=2e-6 if kept_in[0] == "fp32" else 0.01), kept_in
+            assert norms == pytest.approx(expected["norm"], rel=2e-6 if kept_in[0] == "fp32" else 0.01), kept_in
+
+
 def test_each_part_gives_a_sign_of_life_at_each_forward_and_backward_and_comes_to_no_other_place():
     def work(mesh):
         signs = []
