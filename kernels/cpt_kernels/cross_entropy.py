@@ -165,9 +165,12 @@ class _InForward(torch.autograd.Function):
             upstream = upstream.masked_fill(places < 0, 0.0)
             gradients = logits.gradients_of(logits.TRITON, *inputs, upstream, *ctx.numbers, wants)
             return *gradients, None, None, None, None
-        grad_hidden = grad_hidden * scale if wants[0] else None
-        if wants[1]:  # without a second one in fp32
-            grad_weight = torch.mul(grad_weight, scale, out=torch.empty_like(inputs[1]))
+        # With a dimension: a number without one is rounded to 16 bits by CUDA's product before it is used, and 1e5 is
+        # infinite there in fp16. As it is, both products are made in fp32 and rounded once, on a GPU without a tensor
+        # in fp32 in between.
+        scale = scale[None]
+        grad_hidden = torch.mul(grad_hidden, scale, out=torch.empty_like(inputs[0])) if wants[0] else None
+        grad_weight = torch.mul(grad_weight, scale, out=torch.empty_like(inputs[1])) if wants[1] else None
         return grad_hidden, grad_weight, None, None, None, None
 
 

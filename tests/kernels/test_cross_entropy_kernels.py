@@ -166,6 +166,20 @@ def test_a_backward_pass_can_be_made_again_and_has_the_same_bits(device):
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(result, results[0], strict=True))
 
 
+@pytest.mark.parametrize("scale", [1 / 13, 1e5])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_of_losses_that_weigh_the_same_are_rounded_once(device, dtype, scale):
+    """Not what they weigh before: 1 / 13 in bf16 is off by 2^-10, and 1e5 is more than fp16 has."""
+    inputs, targets = case(13, 24, 131)
+    inputs = [x.to(dtype).to(device).requires_grad_() for x in inputs]
+    losses = cross_entropy.triton(*inputs, targets.to(device), tokens_at_once=5)
+    of_hidden = torch.autograd.grad(losses.sum(), inputs[0], retain_graph=True)[0]
+    scaled = torch.autograd.grad((losses * scale).sum(), inputs[0])[0]
+    expected = (of_hidden.float() * torch.tensor(scale, device=device)).to(dtype)
+    assert torch.equal(scaled, expected) and expected.isfinite().any() and expected.any()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("num_tokens", [0, 4])
 def test_tokens_without_any_target_have_loss_and_gradient_0(device, num_tokens):
