@@ -15,7 +15,14 @@ from typing import Any
 
 from cpt.checkpoint.keep import superseded
 from cpt.checkpoint.read import Checkpoint, find_checkpoint
-from cpt.checkpoint.write import checkpoint_folders, set_latest, step_folder, step_of
+from cpt.checkpoint.write import (
+    checkpoint_folders,
+    give_names_back,
+    has_lost_names,
+    set_latest,
+    step_folder,
+    step_of,
+)
 from cpt.config import Fault, write_in_place
 from cpt.parallel.mesh import ALONE, Mesh
 from cpt.parallel.together import together
@@ -71,6 +78,16 @@ class RunFolder:
                 "name another output, or empty it"
             )
 
+    def take_back(self) -> None:
+        """Let a checkpoint have its name again that a save had moved away when it was killed.
+
+        Before a run looks for its checkpoints, on one rank. Raises a passing Fault if another process is in the folder,
+        which may be just about to do so, and OSError if the disk refuses.
+        """
+        if has_lost_names(self.checkpoints):
+            with self.taken(ALONE):  # which does it
+                pass
+
     def latest(self, mesh: Mesh = ALONE) -> Checkpoint | None:
         """The newest whole checkpoint, the same on all ranks of `mesh`, which all call it; None if none was saved."""
         return find_checkpoint(self.checkpoints, mesh=mesh)
@@ -100,13 +117,14 @@ class RunFolder:
     def taken(self, mesh: Mesh) -> Iterator[None]:
         """Make the folder and keep other processes out of it meanwhile; a Fault, which ends all ranks, if one is in it.
 
-        The lock ends with the process, however that ends.
+        The lock ends with the process, however that ends. A checkpoint that a killed save had moved away is back.
         """
         try:
             with together(mesh):
                 if mesh.is_first:
                     self.make()
                     self._take()
+                    give_names_back(self.checkpoints)
                 if mesh.is_first and self._seen not in (None, self._state()):
                     told = f"output = {self.path}: another process has gone on with it meanwhile; start again"
                     raise Fault(told, is_passing=True)
@@ -141,6 +159,7 @@ class RunFolder:
 
     def forget_after(self, checkpoint: Path) -> None:
         """Let `latest` name `checkpoint`, and remove those of later steps; raises OSError if that cannot be done."""
+        give_names_back(self.checkpoints)  # or one of a later step would come back
         for folder in checkpoint_folders(self.checkpoints):
             if step_of(folder) > step_of(checkpoint):
                 shutil.rmtree(folder)

@@ -34,6 +34,8 @@ from cpt.tensor_writer import Layout, Writer, in_order, reading, write_whole
 # 1 had no columns, and is read as well.
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
+# Ends the name that a checkpoint has while the same step, saved again, is put in its place.
+_OLD = ".old.aside"
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -146,6 +148,7 @@ def make_anew(aside: Path, num_bytes: int = 0) -> None:
     Raises OSError if the disk has no room for `num_bytes`; then nothing was written.
     """
     aside.parent.mkdir(parents=True, exist_ok=True)
+    give_names_back(aside.parent)
     for left in aside.parent.glob(".step-*.aside"):
         shutil.rmtree(left, ignore_errors=True)
     free = shutil.disk_usage(aside.parent).free
@@ -185,8 +188,11 @@ def join_parts(aside: Path, folder: Path, state: Mapping[str, Any], num_parts: i
 
 
 def _put_in_place(aside: Path, folder: Path) -> None:
-    """Rename `aside` to `folder`; one that is there goes afterwards, because it may be the newest whole one."""
-    old = aside.with_name(f".{folder.name}.old.aside")
+    """Rename `aside` to `folder`; one that is there goes afterwards, because it may be the newest whole one.
+
+    Killed between the two renames, neither has the name: `give_names_back` is for that.
+    """
+    old = aside.with_name(f".{folder.name}{_OLD}")
     if folder.exists():
         folder.replace(old)
     try:
@@ -196,6 +202,24 @@ def _put_in_place(aside: Path, folder: Path) -> None:
             old.replace(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def give_names_back(checkpoints: Path) -> None:
+    """Let a checkpoint that a save has moved away, and was killed before the new one had its name, have it again.
+
+    Only for a process that has taken the run's folder: in another the save may still be between its renames.
+    """
+    for old in checkpoints.glob(f".step-*{_OLD}"):
+        folder = old.with_name(old.name.removeprefix(".").removesuffix(_OLD))
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.replace(folder)
+
+
+def has_lost_names(checkpoints: Path) -> bool:
+    """Whether a save has moved a checkpoint away that is still there."""
+    return any(checkpoints.glob(f".step-*{_OLD}"))
 
 
 def set_latest(checkpoints: Path, folder: Path) -> None:

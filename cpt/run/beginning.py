@@ -51,6 +51,8 @@ def where_to_begin(
     """Place, checkpoint to load (None: initial weights) and parent; the place is None if the run is finished."""
     with together(mesh):
         folder.refuse_other_contents()
+        if mesh.is_first:
+            folder.take_back()
     is_run, is_finished = folder.look(mesh)
     if is_run:
         with together(mesh):

@@ -13,6 +13,7 @@ from cpt_harness.ranks import in_processes
 
 from cpt.checkpoint import Place, RunFolder
 from cpt.checkpoint.place import StageBehind
+from cpt.checkpoint.write import make_anew
 from cpt.config import Fault
 from cpt.lineage.areas import Areas
 from cpt.lineage.ledger import Entry, Ledger, ShareChange
@@ -58,6 +59,51 @@ def test_what_a_killed_save_left_is_removed_by_the_next(run):
     (run.checkpoints / ".step-00000013.aside").mkdir()
     run.keep_newest(run.checkpoint_at(20), 2)
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["latest", "step-00000010", "step-00000020"]
+
+
+def leave_as_killed_between_the_renames(run: RunFolder, step: int) -> None:
+    """What a second save of `step` leaves: what was there and what was to be, both whole, under hidden names."""
+    for name in (".step-{:08d}.old.aside", ".step-{:08d}.aside"):
+        (run.checkpoints / name.format(step)).mkdir(parents=True)
+        (run.checkpoints / name.format(step) / "state.json").write_text(json.dumps(name))
+
+
+def test_a_checkpoint_that_a_killed_save_has_moved_away_gets_its_name_back_from_whoever_takes_the_folder(run):
+    leave_as_killed_between_the_renames(run, 10)
+    with run.taken(ALONE):
+        assert steps_of(run) == [10]
+        assert "old" in (run.checkpoint_at(10) / "state.json").read_text()
+
+
+def test_nobody_gives_it_its_name_back_while_another_process_has_taken_the_folder_and_may_be_between_the_renames(run):
+    with run.taken(ALONE):
+        leave_as_killed_between_the_renames(run, 10)
+        with pytest.raises(Fault, match="another process is training there"):
+            RunFolder(run.path).take_back()
+        assert steps_of(run) == []
+    RunFolder(run.path).take_back()
+    assert steps_of(run) == [10]
+
+
+def test_one_that_was_replaced_does_not_come_back(run):
+    """The save was killed after both renames, and the checkpoint that has taken the place goes before it."""
+    leave_as_killed_between_the_renames(run, 10)
+    make(run, 5, 10)
+    run.take_back()
+    run.forget_after(run.checkpoint_at(5))
+    run.take_back()
+    assert steps_of(run) == [5]
+
+
+def test_a_save_in_the_same_process_after_two_renames_that_failed_loses_nothing(run):
+    leave_as_killed_between_the_renames(run, 10)
+    make_anew(run.checkpoints / ".step-00000020.aside")
+    assert steps_of(run) == [10]
+
+
+def test_where_nothing_was_left_no_lock_is_taken(run):
+    run.take_back()
+    assert list(run.path.iterdir()) == []
 
 
 def test_a_file_in_place_of_the_folder_and_a_folder_of_something_else_are_refused(tmp_path):

@@ -109,9 +109,10 @@ def test_the_last_save_is_tried_once_more(config, tmp_path):
     assert find_checkpoint(tmp_path / "run" / "checkpoints").state["progress"]["step"] == 24
 
 
-@pytest.mark.parametrize("step", [10, 24])
-def test_a_checkpoint_that_stands_but_is_not_settled_is_told_as_such(config, tmp_path, step):
-    def refuse_latest_once() -> None:
+def refusing_latest_once(step: int) -> Callable[[], None]:
+    """For `before`: the first save after `step` appears, and `latest` cannot be made to name it."""
+
+    def patch() -> None:
         from cpt.checkpoint import run_folder
 
         really, left = run_folder.set_latest, [1]
@@ -124,7 +125,12 @@ def test_a_checkpoint_that_stands_but_is_not_settled_is_told_as_such(config, tmp
 
         run_folder.set_latest = set_latest
 
-    told = runs.trained(config, before=refuse_latest_once, ranks=2)
+    return patch
+
+
+@pytest.mark.parametrize("step", [10, 24])
+def test_a_checkpoint_that_stands_but_is_not_settled_is_told_as_such(config, tmp_path, step):
+    told = runs.trained(config, before=refusing_latest_once(step), ranks=2)
     run = tmp_path / "run"
     assert f"step-{step:08d} is written, but latest, older checkpoints or ledger.json" in told
     assert f"rank 0: {run}/checkpoints/latest: Permission denied" in told and "could not be written" not in told
@@ -133,6 +139,35 @@ def test_a_checkpoint_that_stands_but_is_not_settled_is_told_as_such(config, tmp
         "latest", *(f"step-{number:08d}" for number in (5, 10, 12, 15, 20, 24)),
     ]  # fmt: skip
     assert find_checkpoint(run / "checkpoints").state["progress"]["step"] == 24
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_between_the_renames_of_a_step_that_is_saved_again_the_run_goes_on_from_that_step(
+    config, tmp_path, ranks
+):
+    """The only checkpoint, that of a stop, is whole but not settled, so it is saved once more."""
+    run = tmp_path / "run"
+
+    def before() -> None:
+        refusing_latest_once(3)()
+        runs.ask_to_stop_at(2)()
+        replace = Path.replace
+
+        def replace_or_die(path: Path, target: Path) -> Path:
+            if target == run / "checkpoints" / "step-00000003" and path.with_name(".step-00000003.old.aside").exists():
+                os._exit(9)
+            return replace(path, target)
+
+        Path.replace = replace_or_die
+
+    with pytest.raises(AssertionError, match=r"ended with \[9"):
+        runs.cpt("train", config, before=before, ranks=ranks)
+    there = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert there == [".step-00000003.aside", ".step-00000003.old.aside"]
+    told = runs.trained(config, ranks=ranks)
+    assert f"going on from {run}/checkpoints/step-00000003" in told
+    runs.trained(config, f"output={tmp_path / 'unbroken'}", ranks=ranks)
+    assert_same_but_for_failures(run, tmp_path / "unbroken")
 
 
 @pytest.mark.parametrize("stopped", [False, True])
