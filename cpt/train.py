@@ -99,30 +99,33 @@ def train(
     def make_model() -> nn.Module:
         return built_part(lambda: build(run.model_before, "Model", kernels), cuts, mesh, blocks, shares_norms)
 
-    model = make_model()
-    is_gathered, is_within_documents = run.zero == 3, run.is_within_documents
-    compiled = prepare_blocks(model, run.recompute, run.compile, is_gathered, is_within_documents)
-    with telling_of_memory(run, mesh), alike(mesh):
-        engine = Engine(
-            model,
-            run.engine,
-            mesh,
-            [build(settings, "Method") for settings in run.methods],
-            lambda groups: kernels.adamw(
-                groups, 0.0, (run.optimizer.beta1, run.optimizer.beta2), run.optimizer.epsilon
-            ),
-            decays=model.decays,
-            make_model=make_model,
-        )
-    if checkpoint is not None:
-        is_resumed = parent is None or place.progress.step > 0
-        keeps_moments = is_resumed or run.optimizer_state == "keep"
-        engine.load(checkpoint, with_optimizer=keeps_moments, with_methods=is_resumed)
-        checkpoint.close()
-    elif run.weights:
-        engine.fill(weights_of_folder(run))
-    else:
-        engine.fill(lambda name, start, stop: model.initial_value(name, run.seed).reshape(-1)[start:stop], check=False)
+    with telling_of_memory(run, mesh):
+        model = make_model()
+        is_gathered, is_within_documents = run.zero == 3, run.is_within_documents
+        compiled = prepare_blocks(model, run.recompute, run.compile, is_gathered, is_within_documents)
+        with alike(mesh):
+            engine = Engine(
+                model,
+                run.engine,
+                mesh,
+                [build(settings, "Method") for settings in run.methods],
+                lambda groups: kernels.adamw(
+                    groups, 0.0, (run.optimizer.beta1, run.optimizer.beta2), run.optimizer.epsilon
+                ),
+                decays=model.decays,
+                make_model=make_model,
+            )
+        if checkpoint is not None:
+            is_resumed = parent is None or place.progress.step > 0
+            keeps_moments = is_resumed or run.optimizer_state == "keep"
+            engine.load(checkpoint, with_optimizer=keeps_moments, with_methods=is_resumed)
+            checkpoint.close()
+        elif run.weights:
+            engine.fill(weights_of_folder(run))
+        else:
+            engine.fill(
+                lambda name, start, stop: model.initial_value(name, run.seed).reshape(-1)[start:stop], check=False
+            )
     peak = find_peak(mesh.device, run.precision, run.log.peak_tflops)
     flops = model.flops_per_token(run.sequence_length)
 

@@ -99,8 +99,8 @@ _FP16 = {"enabled": True, "loss_scale": 1.0}
 
 def deepspeed_settings(settings: Settings, num_ranks: int) -> dict[str, Any]:
     """The dictionary that `deepspeed.initialize` is given."""
-    batch, block = settings.batch, {k: v for k, v in settings.deepspeed.items() if v != "auto"}
-    zero = {k: v for k, v in block.pop("zero_optimization", {}).items() if v != "auto"}
+    batch, block = settings.batch, _without_auto(settings.deepspeed)
+    zero, types = (block.pop(name, {}) for name in ("zero_optimization", "data_types"))
     micro_batch = batch.micro_batch_on(num_ranks)
     made = {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -116,5 +116,10 @@ def deepspeed_settings(settings: Settings, num_ranks: int) -> dict[str, Any]:
     if settings.precision != "fp32":
         # A fixed scale of 1 is replaced in every step, see loss_scale.py.
         made |= {"bf16": {"enabled": True}} if settings.precision == "bf16" else {"fp16": _FP16}
-        made["data_types"] = {"grad_accum_dtype": "fp32", **block.get("data_types", {})}
-    return made
+        types = {"grad_accum_dtype": "fp32", **types}
+    return made | ({"data_types": types} if types else {})
+
+
+def _without_auto(block: dict[str, Any]) -> dict[str, Any]:
+    """What is set in a block and in those inside it; `auto` leaves it to us."""
+    return {k: _without_auto(v) if isinstance(v, dict) else v for k, v in block.items() if v != "auto"}

@@ -2,8 +2,8 @@
 
     torch says no --> traceback into the rank's log --> "rank 3: out of memory: ...; to need less: ..." --> status 1
 
-Another process may have had the memory, so a supervisor tries again. What the kernel kills says nothing: the watch of
-the other ranks finds that.
+While the model is built there is no log yet, and the line is all that is told. Another process may have had the memory,
+so a supervisor tries again. What the kernel kills says nothing: the watch of the other ranks finds that.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from cpt.observe.logs import keep_in_file
 from cpt.parallel.mesh import Mesh
 from cpt.run.settings import Run
 
-# Of torch's allocator on a CPU; of CUDA, and of NCCL, outside torch's allocator on a GPU; of cuBLAS.
-_SAID = ("DefaultCPUAllocator: ", "out of memory", "ALLOC_FAILED")
+# Of torch's allocator on a CPU; of a file that cannot be mapped; of CUDA and NCCL outside torch's allocator; of cuBLAS.
+_SAID = ("DefaultCPUAllocator: ", "Cannot allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def ways_out(run: Run, mesh: Mesh) -> list[str]:
     best = 1 if mesh.pipeline.size > 1 else 3
     if run.zero < best and mesh.same_parameters.size > 1:
         ways.append(f"zero: {best}")
-    if run.recompute.mode != "full":
+    if run.recompute.mode != "full" or run.recompute.blocks is not None:
         ways.append("recompute: {mode: full}")
     ways.append("more ranks (`cpt plan CONFIG --ranks N` says what one holds)")
     return ways

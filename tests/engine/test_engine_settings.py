@@ -95,6 +95,17 @@ def test_bf16_adds_up_its_gradients_in_fp32():
     assert made["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
+@pytest.mark.parametrize(("precision", "made"), [("bf16", {"grad_accum_dtype": "fp32"}), ("fp32", None)])
+def test_auto_inside_a_block_is_left_out_too(precision, made):
+    block = {
+        "data_types": {"grad_accum_dtype": "auto"},
+        "zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": "auto"}},
+    }
+    settings = deepspeed_settings(Settings(precision=precision, deepspeed=block), 1)
+    assert settings.get("data_types") == made
+    assert settings["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+
+
 def test_deepspeed_does_not_clip_where_the_engine_does():
     assert deepspeed_settings(Settings(precision="fp32", zero=0), 1)["gradient_clipping"] == 0.0
 

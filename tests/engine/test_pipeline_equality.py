@@ -49,8 +49,8 @@ def test_bf16_stays_near_fp32_and_tied_copies_are_equal_to_the_bit():
 
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
 # Precision and settings of `zero_optimization`: DeepSpeed sums gradients in another place in each.
-KEPT_IN = [("fp16", {}), ("bf16", OFFLOADED), ("fp32", OFFLOADED), ("fp16", OFFLOADED), ("fp32", {"overlap_comm": True}),
-           ("fp16", {"overlap_comm": True}), ("fp32", {"contiguous_gradients": False})]  # fmt: skip
+KEPT_IN = [("fp16", {}), ("bf16", OFFLOADED), ("fp32", OFFLOADED), ("fp16", OFFLOADED)]
+KEPT_IN += [(p, {"overlap_comm": True}) for p in ("fp32", "fp16")] + [("fp32", {"contiguous_gradients": False})]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -26,20 +26,44 @@ def config(data, tmp_path):
     return runs.write_settings(tmp_path / "run.yaml", plain)
 
 
-@pytest.mark.parametrize("short", [1, 0])
-@pytest.mark.parametrize("when", ["in a step", "while the engine is built"])
+def no_memory_while_the_model_is_made() -> None:
+    import cpt.train
+
+    cpt.train.built_part = lambda *arguments: faults.run_out_of_memory()
+
+
+def no_memory_while_the_engine_is_built() -> None:
+    from cpt.engine import engine
+
+    engine.add_up_gradients = lambda model: faults.run_out_of_memory()
+
+
+def no_memory_while_it_is_filled() -> None:
+    from cpt.engine import Engine
+
+    Engine.fill = lambda *arguments, **named: faults.run_out_of_memory()
+
+
+def no_memory_in_a_step() -> None:
+    faults.at_step(4, faults.run_out_of_memory)
+
+
+@pytest.mark.parametrize(
+    ("short", "when"),
+    [
+        (1, no_memory_while_the_model_is_made),
+        (1, no_memory_while_the_engine_is_built),
+        (0, no_memory_while_it_is_filled),
+        (1, no_memory_in_a_step),
+        (0, no_memory_in_a_step),
+    ],
+)
 def test_it_is_named_and_the_others_end(config, tmp_path, short, when):
     run = tmp_path / "run"
 
     def before(rank: int) -> None:
-        if rank != short:
-            return
-        if when == "in a step":
-            faults.at_step(4, faults.run_out_of_memory)
-        else:
-            from cpt.engine import engine
-
-            engine.add_up_gradients = lambda model: faults.run_out_of_memory()
+        if rank == short:
+            when()
 
     with faults.started(config, number=3, folder=tmp_path, before=before) as ranks:
         assert ranks.wait() == [1, 1, 1]
@@ -49,11 +73,22 @@ def test_it_is_named_and_the_others_end(config, tmp_path, short, when):
     assert line.startswith(f"cpt train: {f'rank {short}: ' if short else ''}out of memory: [enforce fail at ")
     assert "can't allocate memory: you tried to allocate 4294967296 bytes" in line
     assert "batch.micro_batch: 1 in place of 2, zero: 3, recompute: {mode: full}, more ranks" in line
-    if when == "in a step":
+    if when is no_memory_in_a_step:
         ended = faults.last_end(run)
         assert (ended["how"], ended["rank"], ended["node"]) == ("failed", short, socket.gethostname())
         assert ended["reason"].startswith("out of memory: ") and not ended["is_final"]
         assert "run_out_of_memory" in (run / "logs" / f"rank-{short:05d}.log").read_text()
+
+
+def test_where_it_runs_out_on_all_ranks_each_has_a_line_at_most_and_no_traceback(config, tmp_path):
+    with faults.started(config, number=3, folder=tmp_path, before=lambda rank: no_memory_in_a_step()) as ranks:
+        assert ranks.wait() == [1, 1, 1]
+        told = [ranks.told(rank) for rank in range(3)]
+    lines = [[line for line in text.splitlines() if "cpt train: " in line] for text in told]
+    assert all(len(of_rank) <= 1 for of_rank in lines) and any(lines), told
+    assert all("out of memory: " in line for of_rank in lines for line in of_rank)
+    assert not any("Traceback" in text for text in told)
+    assert faults.last_end(tmp_path / "run")["reason"].startswith("out of memory: ")
 
 
 @pytest.mark.parametrize(
@@ -64,6 +99,7 @@ def test_it_is_named_and_the_others_end(config, tmp_path, short, when):
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("NCCL error ...\nLast error:\nCuda failure 2 'out of memory'"), True),
         (MemoryError(), True),
+        (RuntimeError("unable to mmap 64 bytes from file <x>: Cannot allocate memory (12)"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
     ],
@@ -73,9 +109,11 @@ def test_what_says_so_is_taken_for_it_and_nothing_else(error, is_one):
     assert is_out_of_memory(error) == is_one
 
 
-def settings(micro_batch=4, zero=1, mode="none", sharing=8, pipeline=1):
+def settings(micro_batch=4, zero=1, mode="none", blocks=None, sharing=8, pipeline=1):
     run = SimpleNamespace(
-        batch=SimpleNamespace(micro_batch_on=lambda ranks: micro_batch), zero=zero, recompute=SimpleNamespace(mode=mode)
+        batch=SimpleNamespace(micro_batch_on=lambda ranks: micro_batch),
+        zero=zero,
+        recompute=SimpleNamespace(mode=mode, blocks=blocks),
     )
     sizes = {"pipeline": pipeline, "same_parameters": sharing}
     mesh = SimpleNamespace(data_size=sharing, **{name: SimpleNamespace(size=size) for name, size in sizes.items()})
@@ -93,6 +131,7 @@ LAST = "more ranks (`cpt plan CONFIG --ranks N` says what one holds)"
         ({"micro_batch": 9, "zero": 2, "mode": "full"}, ["batch.micro_batch: 3 in place of 9", "zero: 3", LAST]),
         ({"micro_batch": 1, "mode": "selective", "sharing": 1}, ["recompute: {mode: full}", LAST]),
         ({"micro_batch": 1, "mode": "full", "pipeline": 2}, [LAST]),
+        ({"micro_batch": 1, "mode": "full", "blocks": 3, "zero": 3}, ["recompute: {mode: full}", LAST]),
         ({"micro_batch": 1, "mode": "full", "pipeline": 2, "zero": 0}, ["zero: 1", LAST]),
     ],
     ids=str,
