@@ -76,7 +76,7 @@ def _plain(value: Any) -> Any:
 
 
 def _worst(losses: Sequence[float]) -> list[int]:
-    """Which windows are shown as text: all, or those with the highest losses; if all are alike, from all over the step."""
+    """Which windows are shown as text: all, or those with the highest losses; if all are alike, from all over it."""
     number = len(losses)
     if number <= _MOST_TEXTS:
         return list(range(number))
