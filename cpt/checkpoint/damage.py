@@ -22,24 +22,37 @@ class Unreadable(str):
 
 def read_json(path: Path) -> dict[str, Any]:
     """The names and values in a file of a checkpoint. Raises Fault that names the file; passing, if the disk fails."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise Fault(f"{path} is missing: this is no checkpoint, or a damaged one") from None
-    except (OSError, ValueError) as error:
-        raise Fault(f"{path} cannot be read: {error}", is_passing=isinstance(error, OSError)) from None
-    if not isinstance(content, dict):
-        raise Fault(f"{path} holds a {type(content).__name__}, expected names and values: the checkpoint is damaged")
-    return content
+    return _parsed(path, _bytes_of(path))
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
     """Checksum of each of the other files. Raises Fault if one byte is not as it was written, even a line's end."""
     path = folder / CHECKSUMS
-    sums = read_json(path)  # which has told what cannot be read
-    if path.read_text(encoding="utf-8") != json.dumps(sums, indent=1) or not {INDEX, STATE} <= set(sums):
+    content = _bytes_of(path)
+    sums = _parsed(path, content)
+    # Not as text: what reads that takes one line's end for another.
+    if content != json.dumps(sums, indent=1).encode() or not {INDEX, STATE} <= set(sums):
         raise Fault(f"{path} has changed since it was written: the checkpoint is damaged")
     return sums
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise Fault(f"{path} is missing: this is no checkpoint, or a damaged one") from None
+    except OSError as error:
+        raise Fault(f"{path} cannot be read: {error}", is_passing=True) from None
+
+
+def _parsed(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        plain = json.loads(content.decode("utf-8"))
+    except ValueError as error:
+        raise Fault(f"{path} cannot be read: {error}") from None
+    if not isinstance(plain, dict):
+        raise Fault(f"{path} holds a {type(plain).__name__}, expected names and values: the checkpoint is damaged")
+    return plain
 
 
 def damaged_files(
@@ -57,7 +70,7 @@ def damaged_files(
         try:
             is_same = not path.is_file() or checksum(path, advance) == sums[name]
         except OSError as error:
-            yield Unreadable(f"{path} cannot be read: {error.strerror or error}: the checkpoint is damaged")
+            yield Unreadable(f"{path} cannot be read: {error.strerror or error}: the checkpoint cannot be used")
             continue
         if not is_same:
             yield f"{path} has changed since it was written, or {folder / CHECKSUMS} has: the checkpoint is damaged"
