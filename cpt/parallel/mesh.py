@@ -12,12 +12,13 @@ sequence, data, and pipeline, which talks least. Data takes what the others leav
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -62,19 +63,23 @@ class Settings:
         sizes = {"pipeline": self.pipeline, "sequence": self.sequence, "tensor": self.tensor}
         return faults + [f"{axis} = {size}: at least 1" for axis, size in sizes.items() if size < 1]
 
-    def faults_on(self, num_ranks: int) -> list[str]:
-        """Why so many ranks cannot be cut like this, with the values that would do."""
+    def faults_on(self, num_ranks: int, fits: Callable[[Settings], bool] = lambda settings: True) -> list[str]:
+        """Why so many ranks cannot be cut like this, with values that would do; `fits`: what the model allows."""
         sizes = {"pipeline": self.pipeline, "sequence": self.sequence, "tensor": self.tensor}
         cut = {f"mesh.{axis}": size for axis, size in sizes.items() if size > 1}
+        others = f"start a multiple of {self.ranks_of_a_replica} ranks"
         if num_ranks % self.ranks_of_a_replica == 0:
             return []
         if len(cut) == 1:
             ((name, size),) = cut.items()
-            return [f"{name} = {size} cannot cut {num_ranks} ranks; use {one_of(divisors(num_ranks))}"]
+            axis = name.removeprefix("mesh.")
+            fitting = [n for n in divisors(num_ranks) if fits(dataclasses.replace(self, **{axis: n}))]
+            use = f"use {one_of(fitting)}, or {others}" if fitting else others
+            return [f"{name} = {size} cannot cut {num_ranks} ranks; {use}"]
         told = " x ".join(f"{name} = {size}" for name, size in cut.items())
         return [
             f"{told} = {self.ranks_of_a_replica} cannot cut {num_ranks} ranks; make their product "
-            f"{one_of(divisors(num_ranks))}, or start a multiple of {self.ranks_of_a_replica} ranks"
+            f"{one_of(divisors(num_ranks))}, or {others}"
         ]
 
     def shares_norms(self, sequence_length: int) -> bool:

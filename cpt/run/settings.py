@@ -317,7 +317,9 @@ class Run:
 
     def faults_on(self, num_ranks: int) -> list[str]:
         """Why so many ranks cannot train it, with values that would do."""
-        if faults := self.mesh.faults_on(num_ranks):
+        if faults := self.mesh.faults_on(
+            num_ranks, lambda mesh: not dataclasses.replace(self, mesh=mesh)._faults_of_mesh()
+        ):
             return faults
         unit = self.mesh.data_size(num_ranks) * (self.batch.micro_batch or 1)
         counts = {

@@ -94,9 +94,17 @@ def test_all_faults_of_the_mesh_are_told_at_once():
     [(3, 4, "use 1, 2 or 4"), (2, 1, "use 1"), (4, 6, "use 1, 2, 3 or 6"), (2, 3, "use 1 or 3")],
 )
 def test_a_tensor_axis_that_does_not_divide_the_ranks_gets_the_values_that_do(tensor, ranks, told):
-    assert Settings(tensor=tensor).faults_on(ranks) == [f"mesh.tensor = {tensor} cannot cut {ranks} ranks; {told}"]
+    told_whole = f"mesh.tensor = {tensor} cannot cut {ranks} ranks; {told}, or start a multiple of {tensor} ranks"
+    assert Settings(tensor=tensor).faults_on(ranks) == [told_whole]
     offered = [int(word) for word in told.replace(",", "").split() if word.isdigit()]
     assert [Settings(tensor=value).faults_on(ranks) for value in offered] == [[]] * len(offered)
+
+
+def test_of_the_values_that_divide_the_ranks_only_those_are_offered_that_the_model_allows():
+    settings, others = Settings(tensor=2), "start a multiple of 2 ranks"
+    (told,) = settings.faults_on(9, lambda changed: changed.tensor != 9)
+    assert told == f"mesh.tensor = 2 cannot cut 9 ranks; use 1 or 3, or {others}"
+    assert settings.faults_on(9, lambda changed: False) == [f"mesh.tensor = 2 cannot cut 9 ranks; {others}"]
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def test_where_nothing_lies_twice_the_run_says_that_nothing_is_compared(data, tm
 @pytest.mark.parametrize(
     ("words", "ranks", "told"),
     [
-        (["mesh.tensor=2"], 3, "mesh.tensor = 2 cannot cut 3 ranks; use 1 or 3"),
+        (["mesh.tensor=2"], 3, "mesh.tensor = 2 cannot cut 3 ranks; use 1, or start a multiple of 2 ranks"),
         (["mesh.pipeline=3"], 3, "mesh.pipeline = 3: model.layers = 2 cannot give each part a block; use 2"),
         (["mesh.pipeline=2", "zero=2"], 2, "zero = 2 with mesh.pipeline = 2: each part adds up the gradients of many "),
         (["mesh.pipeline=2", "mesh.blocks_of_parts=[2]"], 2, "mesh.blocks_of_parts = [2]: mesh.pipeline = 2 parts "),
