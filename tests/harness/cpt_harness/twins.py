@@ -5,6 +5,7 @@ Without a GPU Triton's kernels run in its interpreter at small sizes, with one t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
@@ -18,6 +19,9 @@ from cpt_kernels.language import IS_INTERPRETED, why_not
 # interpreter they cut off.
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 CPU = torch.device("cpu")
+# Larger tensors repeat so many: to draw 1e8 takes a thread 5 s, more than a GPU needs for a test of them. It is a prime
+# number, so that no row is another one again.
+_NUM_DRAWN = 2**22 - 3
 
 # Where Triton's kernels can run: a test with `device` from here runs in the interpreter or on a GPU.
 DEVICES = [
@@ -40,8 +44,11 @@ def runnable(operation: ModuleType) -> list[Callable]:
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Normal numbers, the same whatever the type."""
-    tensor = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return tensor.to(dtype)
+    number = math.prod(shape)
+    drawn = torch.randn(min(number, _NUM_DRAWN), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if number > _NUM_DRAWN:
+        drawn = drawn.repeat(-(-number // _NUM_DRAWN))[:number]
+    return drawn.view(shape).to(dtype)
 
 
 def assert_same_with_gradients(
