@@ -26,6 +26,9 @@ class Checkpoint:
 
     `share`: of the files, by name, those whose checksum is looked at here, because other ranks look at the others.
     Raises Fault naming the first file that is missing or damaged; passing, if the disk does not give it.
+
+    `unread`: what was told of each later checkpoint that the disk does not give, and which may be whole; from
+    `find_checkpoint`.
     """
 
     def __init__(self, folder: Path, check: bool = True, share: slice = slice(None)) -> None:
@@ -36,6 +39,7 @@ class Checkpoint:
         self._tensors = read_index(folder, sums)
         self.state: dict[str, Any] = read_json(folder / STATE)
         self._open: dict[str, Any] = {}
+        self.unread: dict[Path, list[str]] = {}
 
     @property
     def kinds(self) -> list[str]:
@@ -149,8 +153,8 @@ def find_checkpoint(
 
     The first rank says which there are; each rank looks through some of the files. A damaged one is told loudly and the
     one before it is taken. None if the folder holds none at all. Raises Fault on all ranks if that step is not there or
-    is damaged, or if every checkpoint is; passing, if the disk does not give one of them, which may be whole.
-    `up_to`: as if those of later steps were not there.
+    is damaged, or if every checkpoint is; passing, if the disk does not give one of them, which may be whole;
+    the one that is taken names such ones in `unread`. `up_to`: as if those of later steps were not there.
     """
     there = mesh.from_first([int(folder.name.removeprefix("step-")) for folder in checkpoint_folders(checkpoints)])
     there = [step for step in there if up_to is None or step <= up_to]
@@ -158,23 +162,29 @@ def find_checkpoint(
         told = ", ".join(map(str, there)) or "none"
         raise Fault(f"{checkpoints}: there is no checkpoint at step {at}; there are: {told}")
     damage: list[str] = []
-    is_passing = False
+    unread: dict[Path, list[str]] = {}
     for step in reversed(there if at == "latest" else [int(at)]):
-        checkpoint, lines, is_unreadable = _opened(step_folder(checkpoints, step), check, mesh)
+        folder = step_folder(checkpoints, step)
+        checkpoint, lines, is_unreadable = _opened(folder, check, mesh)
         if not lines:
+            checkpoint.unread = unread
             return checkpoint
         damage += lines
-        is_passing |= is_unreadable
+        if is_unreadable:
+            unread[folder] = lines
         if at == "latest":
             _log.warning("%s; trying the one before", "; ".join(lines))
     if not damage:
         return None
     said = [f"{checkpoints}: no checkpoint is whole"] if at == "latest" else []
-    raise Fault([*said, *damage], is_passing=is_passing)
+    raise Fault([*said, *damage], is_passing=bool(unread))
 
 
 def _opened(folder: Path, check: bool, mesh: Mesh) -> tuple[Checkpoint | None, list[str], bool]:
-    """A checkpoint, or what some rank finds wrong with it, and whether a disk is all that is: the same on all."""
+    """A checkpoint, or what some rank finds wrong with it, and whether a disk is all that is: the same on all.
+
+    So it is if some rank cannot read a file, and none finds another missing or changed.
+    """
     checkpoint, fault, is_unreadable = None, "", False
     try:
         checkpoint = Checkpoint(folder, check, slice(mesh.rank, None, mesh.size))
@@ -183,4 +193,5 @@ def _opened(folder: Path, check: bool, mesh: Mesh) -> tuple[Checkpoint | None, l
     except OSError as error:
         fault, is_unreadable = f"{error.filename or folder} cannot be read: {error.strerror or error}", True
     said = dict.fromkeys(line for text in mesh.texts(fault) for line in text.splitlines())
-    return checkpoint, list(said), mesh.any(is_unreadable)
+    is_damaged = mesh.any(bool(fault) and not is_unreadable)
+    return checkpoint, list(said), mesh.any(is_unreadable) and not is_damaged

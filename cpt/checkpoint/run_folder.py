@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cpt.checkpoint.keep import superseded
+from cpt.checkpoint.keep import put_by, superseded
 from cpt.checkpoint.read import Checkpoint, find_checkpoint
 from cpt.checkpoint.write import (
     checkpoint_folders,
@@ -43,6 +43,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seen: tuple[bool, bool, list[str]] | None = None
+        self._unread: list[Path] = []  # later than what `latest` gave
         self._lock: int | None = None  # the open file, as long as this process has taken the folder
 
     @property
@@ -89,8 +90,13 @@ class RunFolder:
                 pass
 
     def latest(self, mesh: Mesh = ALONE) -> Checkpoint | None:
-        """The newest whole checkpoint, the same on all ranks of `mesh`, which all call it; None if none was saved."""
-        return find_checkpoint(self.checkpoints, mesh=mesh)
+        """The newest whole checkpoint, the same on all ranks of `mesh`, which all call it; None if none was saved.
+
+        Later ones that the disk does not give are put by when the folder is taken.
+        """
+        found = find_checkpoint(self.checkpoints, mesh=mesh)
+        self._unread = list(found.unread) if found else []
+        return found
 
     def look(self, mesh: Mesh) -> tuple[bool, bool]:
         """Whether a run was begun here, and whether it is finished, as the first rank sees it; all ranks call it.
@@ -128,11 +134,20 @@ class RunFolder:
                 if mesh.is_first and self._seen not in (None, self._state()):
                     told = f"output = {self.path}: another process has gone on with it meanwhile; start again"
                     raise Fault(told, is_passing=True)
+                if mesh.is_first:
+                    self._put_by_unread()
             yield
         finally:
             if self._lock is not None:
                 os.close(self._lock)
                 self._lock = None
+
+    def _put_by_unread(self) -> None:
+        """So that they neither go, nor are gone on from when this run has dropped the lines of their steps."""
+        for folder in self._unread:
+            told = "%s could not be read and may be whole: it is kept as %s until this run has come as far"
+            _log.warning(told, folder, put_by(folder).name)
+        self._unread = []
 
     def _take(self) -> None:
         file = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what may be written

@@ -27,6 +27,8 @@ from cpt.run.reading import stages_trained
 
 EXAMPLE = "cpt checkpoint verify runs/quickstart/replay"
 
+_KEPT = {keep.TEMPORARY: "temporary", keep.FOR_EVER: "for ever", keep.UNREAD: "unread", None: "among last"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommands."""
@@ -91,13 +93,12 @@ def _summary(folder: Path, stages: list[str]) -> dict[str, Any]:
         return {"step": step, "folder": str(folder), "damage": str(fault)}
     progress, shapes = checkpoint.state["progress"], checkpoint.shapes
     last = stages_trained(progress) - 1
-    kept = {keep.TEMPORARY: "temporary", keep.FOR_EVER: "for ever", None: "among last"}[keep.mark_of(folder)]
     return {
         "step": step,
         "folder": str(folder),
         "tokens": progress["tokens"],
         "stage": stages[last] if 0 <= last < len(stages) else None,
-        "kept": kept,
+        "kept": _KEPT[keep.mark_of(folder)],
         "num_tensors": len(shapes),
         "num_parameters": sum(map(math.prod, shapes.values())),
         "num_bytes": sum(file.stat().st_size for file in folder.iterdir()),
@@ -130,13 +131,17 @@ def _prune(arguments: argparse.Namespace) -> int:
         newest = find_checkpoint(run.checkpoints)
         if newest is None:
             raise Fault(f"{run.path}: the run has saved no checkpoint yet")
+        if newest.unread:
+            told = f"{run.path}: nothing was removed; try again when the disk gives these, which may be whole:"
+            raise Fault([told, *(line for lines in newest.unread.values() for line in lines)], is_passing=True)
         going = keep.superseded(run.checkpoints, newest.folder, number)
         if not arguments.dry_run:
             run.keep_newest(newest.folder, number)
     left = [folder for folder in going if folder.exists()]
     for folder in going:
         print(f"{'would go' if arguments.dry_run else 'still there' if folder in left else 'removed'}  {folder}")
-    print(f"{len(checkpoint_folders(run.checkpoints)) - (len(going) if arguments.dry_run else 0)} stay")
+    staying = [folder for folder in checkpoint_folders(run.checkpoints) if not arguments.dry_run or folder not in going]
+    print(f"{len(staying)} stay")
     return 1 if left and not arguments.dry_run else 0
 
 

@@ -76,6 +76,31 @@ def test_a_disk_that_cannot_read_a_file_is_told_and_the_one_before_is_used(saved
     assert notes(saved, breaks) == [5, 5]
 
 
+@pytest.mark.parametrize("other_is_damaged", [False, True])
+def test_that_may_pass_which_some_rank_cannot_read_and_no_rank_finds_damaged(saved, tmp_path, other_is_damaged):
+    """The first rank reads the first and the third of four files through, the second one the others."""
+    folder = Path(shutil.copytree(saved, tmp_path / "x"))
+    shutil.rmtree(folder / "step-00000005")
+    if other_is_damaged:
+        pieces = folder / "step-00000010" / "pieces-00000.safetensors"
+        pieces.write_bytes(pieces.read_bytes()[:-1] + b"?")
+
+    def work(mesh):
+        give = read.damaged_files.__globals__["checksum"]
+
+        def checksum(path, *more):
+            if path.name == "pieces-00001.safetensors":
+                raise OSError(errno.EIO, "Input/output error", str(path))
+            return give(path, *more)
+
+        read.damaged_files.__globals__["checksum"] = checksum
+        with pytest.raises(Fault) as found:
+            find_checkpoint(folder, mesh=mesh)
+        return [found.value.is_passing, len(found.value.lines)]
+
+    assert on_ranks(2, work) == [[not other_is_damaged, 3 if other_is_damaged else 2]] * 2
+
+
 def test_each_file_is_read_through_by_one_rank(saved):
     def count(mesh):
         seen = []

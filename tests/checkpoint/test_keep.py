@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
@@ -45,6 +46,20 @@ def test_what_stays(tmp_path, story, keep_last, stay):
     run.keep_newest(run.checkpoint_at(10 * len(story)), keep_last)
     there = sorted(path.name for path in run.checkpoints.iterdir())
     assert there == ["latest", *(step_folder(tmp_path, step).name for step in stay)]
+
+
+def test_one_whose_mark_a_disk_does_not_give_stays_because_it_may_be_for_ever_and_takes_nobodys_place(
+    tmp_path, monkeypatch
+):
+    run, give = make(tmp_path, "rrerr"), Path.read_text
+
+    def read_text(path, *more, **named):
+        if path.parent == run.checkpoint_at(30):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return give(path, *more, **named)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert keep.superseded(run.checkpoints, run.checkpoint_at(50), 3) == [run.checkpoint_at(10)]
 
 
 def test_what_cannot_be_removed_is_told_and_the_new_one_stands(tmp_path, monkeypatch, caplog):

@@ -12,6 +12,7 @@ import pytest
 from cpt_harness.ranks import in_processes
 
 from cpt.checkpoint import Place, RunFolder
+from cpt.checkpoint.keep import put_by
 from cpt.checkpoint.place import StageBehind
 from cpt.checkpoint.write import make_anew
 from cpt.config import Fault
@@ -59,6 +60,21 @@ def test_what_a_killed_save_left_is_removed_by_the_next(run):
     (run.checkpoints / ".step-00000013.aside").mkdir()
     run.keep_newest(run.checkpoint_at(20), 2)
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["latest", "step-00000010", "step-00000020"]
+
+
+def test_what_was_put_by_goes_when_that_step_is_saved_or_a_later_one_and_a_second_one_finds_room_beside_it(run):
+    there = lambda: sorted(path.name for path in run.checkpoints.glob("step-*"))  # noqa: E731
+    for _ in range(2):
+        make(run, 20)
+        put_by(run.checkpoint_at(20))
+    (run.checkpoints / "step-00000020-unread-mine").mkdir()
+    make(run, 10)
+    before = ["step-00000020-unread", "step-00000020-unread-mine", "step-00000020-unread1"]
+    run.keep_newest(run.checkpoint_at(10), 1)
+    assert there() == ["step-00000010", *before]
+    make(run, 20)
+    run.keep_newest(run.checkpoint_at(20), 1)
+    assert there() == ["step-00000020", "step-00000020-unread-mine"]
 
 
 def leave_as_killed_between_the_renames(run: RunFolder, step: int) -> None:

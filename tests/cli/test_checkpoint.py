@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 from cpt_harness import runs
 
 from cpt import cli
-from cpt.checkpoint import find_checkpoint
+from cpt.checkpoint import damage, find_checkpoint
 from cpt.checkpoint.write import step_folder
 
 
@@ -115,6 +117,33 @@ def test_prune_never_removes_the_newest_that_is_whole(run):
     assert steps_in(run) == [6, 8]
     assert (run / "checkpoints" / "latest").read_text() == "step-00000008\n"
     assert find_checkpoint(run / "checkpoints").folder.name == "step-00000008"
+
+
+@pytest.mark.parametrize("words", [[], ["--dry-run"]])
+@pytest.mark.parametrize("name", ["checksums.json", "pieces-00000.safetensors"])
+def test_prune_removes_nothing_when_a_disk_does_not_give_the_newest_which_may_be_whole(
+    run, capsys, monkeypatch, name, words
+):
+    def fails(path, *more, give):
+        if path == step_folder(run / "checkpoints", 12) / name:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return give(path, *more)
+
+    monkeypatch.setattr(damage, "checksum", partial(fails, give=damage.checksum))
+    give = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: fails(path, give=give))
+    latest = (run / "checkpoints" / "latest").read_text()
+    assert cli.main(["checkpoint", "prune", str(run), "--keep", "1", *words]) == 1
+    told = capsys.readouterr().err
+    assert "nothing was removed" in told and f"step-00000012/{name} cannot be read: " in told
+    assert steps_in(run) == [6, 8, 10, 12] and (run / "checkpoints" / "latest").read_text() == latest
+
+
+def test_prune_counts_no_checkpoint_that_was_put_by(run, capsys):
+    for step in (11, 13):
+        (run / "checkpoints" / f"step-{step:08d}-unread").mkdir()
+    assert cli.main(["checkpoint", "prune", str(run), "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"would go  {run}/checkpoints/step-00000011-unread", "4 stay"]
 
 
 def test_prune_is_refused_while_somebody_trains_there(run, capsys):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,10 @@ def config(data, tmp_path) -> Path:
     return runs.write_settings(tmp_path / "run.yaml", plain)
 
 
+def names_in(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+
+
 def steps_in(run: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
 
@@ -32,6 +38,49 @@ def test_checkpoints_at_or_past_each_multiple_are_saved_and_stay(config, tmp_pat
     assert steps_in(tmp_path / "run") == [7, 13, 20, 26, 27]
     marks = {step: find_checkpoint(tmp_path / "run" / "checkpoints", step).state for step in (13, 27)}
     assert marks[13]["kept_for_ever"] is True and "kept_for_ever" not in marks[27]
+
+
+def unreadable(step: int) -> Callable[[], None]:
+    """For `before`: the disk does not give the files of that checkpoint."""
+
+    def patch() -> None:
+        from cpt.checkpoint import damage
+
+        give = damage.checksum
+
+        def checksum(path, *more):
+            if path.parent.name == f"step-{step:08d}":
+                raise OSError(errno.EIO, "Input/output error", str(path))
+            return give(path, *more)
+
+        damage.checksum = checksum
+
+    return patch
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_one_that_a_disk_did_not_give_is_put_by_until_the_run_has_saved_that_step_anew(config, tmp_path, ranks):
+    run = tmp_path / "run"
+    words = [f"checkpoint.every_tokens={5 * STEP}", "checkpoint.keep_last=2", "checkpoint.in_background=false"]
+
+    def going_on(until: int) -> str:
+        def before() -> None:
+            unreadable(19)()
+            runs.ask_to_stop_at(until)()
+
+        return runs.cpt("train", config, *words, before=before, ranks=ranks)[0][1]
+
+    going_on(18)
+    assert names_in(run) == ["step-00000015", "step-00000019"]
+    told = going_on(16)
+    assert "step-00000019/" in told and f"going on from {run}/checkpoints/step-00000015" in told
+    assert "may be whole: it is kept as" in told
+    assert names_in(run) == ["step-00000015", "step-00000017", "step-00000019-unread"]
+    told = runs.trained(config, *words, ranks=ranks)
+    assert f"going on from {run}/checkpoints/step-00000017" in told, "what was put by is not gone on from"
+    assert names_in(run) == ["step-00000025", "step-00000027"]
+    runs.trained(config, f"output={tmp_path / 'unbroken'}", *words, ranks=ranks)
+    runs.assert_same_story(runs.story(run), runs.story(tmp_path / "unbroken"))
 
 
 def test_checkpoints_at_or_past_named_places_are_saved_and_stay(config, tmp_path):
