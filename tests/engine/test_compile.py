@@ -45,6 +45,12 @@ MORE_CASES = [
     ("pythia", 2, (("pipeline", 2),), 1, "fp32", "full", False),
     ("pythia", 2, (("sequence", 2),), 1, "fp32", "full", False),
     ("llama", 2, (("sequence", 2),), 2, "fp32", "selective", True),
+    ("llama", 2, (("tensor", 2),), 0, "fp32", "none", False),
+    ("llama", 2, (("tensor", 2),), 3, "fp32", "none", False),
+    ("pythia", 2, (("tensor", 2),), 1, "bf16", "none", True),
+    ("llama", 2, (("pipeline", 2),), 0, "fp32", "none", False),
+    ("llama", 2, (("pipeline", 2),), 1, "bf16", "none", True),
+    ("pythia", 2, (("sequence", 2),), 3, "fp32", "none", False),
 ]
 
 
@@ -97,7 +103,7 @@ def train_all(cases: list) -> dict:
     for ranks, axes in dict.fromkeys(case[1:3] for case in cases):
         here = [case for case in cases if case[1:3] == (ranks, axes)]
         of_ranks = on_ranks(
-            ranks, lambda mesh, here=here: [both(mesh, case, EAGER) for case in here], seconds=240, **dict(axes)
+            ranks, lambda mesh, here=here: [both(mesh, case, EAGER) for case in here], seconds=480, **dict(axes)
         )
         told.update(zip(here, of_ranks[0], strict=True))
     return told
