@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cpt.checkpoint.damage import STATE, Unreadable, damaged_files, missing_files, read_checksums, read_index, read_json
+from cpt.checkpoint.damage import (
+    INDEX,
+    STATE,
+    Unreadable,
+    damaged_files,
+    missing_files,
+    read_checksums,
+    read_index,
+    read_json,
+)
 from cpt.checkpoint.write import checkpoint_folders, step_folder
 from cpt.config import Fault
 from cpt.parallel.mesh import ALONE, Mesh
@@ -24,6 +33,7 @@ _NUM_MISFITS_TOLD = 8
 class Checkpoint:
     """One checkpoint, opened and found whole: every file is there and has its checksum.
 
+    `check`: also those that hold the pieces; else those alone that are read here, and the others are there.
     `share`: of the files, by name, those whose checksum is looked at here, because other ranks look at the others.
     Raises Fault naming the first file that is missing or damaged; passing, if the disk does not give it.
 
@@ -34,7 +44,7 @@ class Checkpoint:
     def __init__(self, folder: Path, check: bool = True, share: slice = slice(None)) -> None:
         self.folder = folder
         sums = read_checksums(folder)
-        for line in damaged_files(folder, sums, share=share) if check else missing_files(folder, sums):
+        for line in damaged_files(folder, sums, share=share) if check else _damage_at_first_sight(folder, sums):
             raise Fault(line, is_passing=isinstance(line, Unreadable))
         self._tensors = read_index(folder, sums)
         self.state: dict[str, Any] = read_json(folder / STATE)
@@ -144,6 +154,12 @@ class Checkpoint:
             except (OSError, SafetensorError) as error:
                 raise Fault(f"{self.folder / name} cannot be read: {error}") from None
         return self._open[name]
+
+
+def _damage_at_first_sight(folder: Path, sums: Mapping[str, str]) -> Iterator[str]:
+    """A line for each file that is missing, and for each of those of names and values that has changed."""
+    yield from missing_files(folder, sums)
+    yield from damaged_files(folder, {name: sums[name] for name in (INDEX, STATE)})
 
 
 def find_checkpoint(

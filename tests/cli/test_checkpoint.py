@@ -16,6 +16,8 @@ from cpt_harness import runs
 from cpt import cli
 from cpt.checkpoint import damage, find_checkpoint
 from cpt.checkpoint.write import step_folder
+from cpt.run import read_run
+from cpt.run.beginning import refuse_bad_beginning
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,37 @@ def test_inspect_tells_damage_that_a_look_shows_and_the_parent(run, capsys):
     head, _, _, line, *_ = capsys.readouterr().out.splitlines()
     assert head.endswith(f"(a child of {run.parent}/base at step 7)")
     assert "8  damaged: " in line and "step-00000008/state.json is missing" in line
+
+
+NAMES = [
+    *(("index.json", name) for name in ("format_version", "tensors", "master", "shape", "pieces")),
+    *(("state.json", name) for name in ("progress", "tokens", "stage", "rate", "ledger")),
+]
+
+
+def rename_in(path: Path, name: str) -> None:
+    """One byte of a file: the first letter of the first of these names becomes an x."""
+    text = path.read_text()
+    assert f'"{name}"' in text
+    path.write_text(text.replace(f'"{name}"', f'"x{name[1:]}"', 1))
+
+
+@pytest.mark.parametrize(("file", "name"), NAMES)
+def test_inspect_tells_a_name_that_has_changed_as_damage_and_goes_on(run, capsys, file, name):
+    rename_in(step_folder(run / "checkpoints", 8) / file, name)
+    assert cli.main(["checkpoint", "inspect", str(run)]) == 0
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["6", "8", "10", "12"]
+    assert f"8  damaged: {step_folder(run / 'checkpoints', 8)}/{file} has changed" in lines[1]
+    assert not [line for line in lines if "damaged" in line and line != lines[1]]
+
+
+@pytest.mark.parametrize(("file", "name"), NAMES)
+def test_what_is_looked_at_before_a_run_goes_on_passes_by_a_checkpoint_in_which_a_name_has_changed(run, file, name):
+    plain = read_run([str(run / "run.yaml"), f"output={run}"])
+    rename_in(step_folder(run / "checkpoints", 12) / file, name)
+    assert find_checkpoint(run / "checkpoints", check=False).folder.name == "step-00000010"
+    refuse_bad_beginning(plain)
 
 
 def test_verify_finds_all_whole(made, capsys):
