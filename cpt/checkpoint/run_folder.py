@@ -98,6 +98,22 @@ class RunFolder:
         self._unread = list(found.unread) if found else []
         return found
 
+    @property
+    def last_saved(self) -> Path | None:
+        """The checkpoint that `latest` names, which is not looked into; None if nothing was saved.
+
+        Raises ValueError if it names none that is there, and OSError if the disk does not give it.
+        """
+        latest = self.checkpoints / "latest"
+        try:
+            name = latest.read_text(encoding="utf-8", errors="replace").strip()
+        except FileNotFoundError:
+            return None
+        folder = self.checkpoints / name
+        if folder not in checkpoint_folders(self.checkpoints):  # `latest` has no checksum
+            raise ValueError(f"{latest} names no checkpoint that is there")
+        return folder
+
     def look(self, mesh: Mesh) -> tuple[bool, bool]:
         """Whether a run was begun here, and whether it is finished, as the first rank sees it; all ranks call it.
 

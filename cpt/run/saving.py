@@ -14,6 +14,7 @@ from typing import Any
 
 from cpt.checkpoint import Content, Ended, Place, RunFolder, Saver, keep
 from cpt.checkpoint.settings import Settings
+from cpt.checkpoint.write import step_of
 from cpt.lineage.ledger import Ledger
 from cpt.observe.attempts import note_attempt
 from cpt.parallel.mesh import Mesh
@@ -84,14 +85,16 @@ class Saving:
     def way_on(self) -> str:
         """What a user can do after a step that the run does not get over."""
         self.wait()  # the checkpoint that is named below may still be on its way
-        latest = self._folder.checkpoints / "latest"
-        if not latest.is_file():
+        run, child = self._folder.path, "in a child run with a lower learning rate"
+        try:
+            last = self._folder.last_saved
+        except (OSError, ValueError) as error:  # what the run ends for is to be told all the same
+            return f"{error}; see which are whole (cpt checkpoint verify {run}), and go on from one {child}"
+        if last is None:
             return "Nothing was saved before; begin again in another output, with a lower learning rate"
-        step = int(latest.read_text(encoding="utf-8").strip().removeprefix("step-"))
-        parent = f"parent: {{run: {self._folder.path}, at: {step}}}"
-        return (
-            f"The checkpoint at step {step} is whole; go on from it in a child run with a lower learning rate: {parent}"
-        )
+        step = step_of(last)
+        parent = f"parent: {{run: {run}, at: {step}}}"
+        return f"The last checkpoint saved is that of step {step}; go on from it {child}: {parent}"
 
     def news(self) -> dict[str, int | float]:
         """For the next line of `metrics.jsonl`: how long saves have held up training since the last one, if they did;
@@ -193,10 +196,10 @@ class Saving:
 
     def _standing(self) -> str:
         """Which checkpoint there is to go on from."""
-        latest = self._folder.checkpoints / "latest"
         try:
-            return f"{latest.read_text(encoding='utf-8').strip()} stands"
-        except FileNotFoundError:
-            return "none stands so far"
+            last = self._folder.last_saved
         except OSError as error:  # the disk that the save has failed on
             return f"none can be read: {error.strerror}"
+        except ValueError as error:
+            return str(error)
+        return f"{last.name} stands" if last else "none stands so far"

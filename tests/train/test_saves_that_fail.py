@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from cpt_harness import runs
 
-from cpt.checkpoint import find_checkpoint
+from cpt.checkpoint import RunFolder, find_checkpoint
+from cpt.checkpoint.settings import Settings
+from cpt.parallel.mesh import ALONE
+from cpt.run.saving import Saving
 
 STEPS, SAVED_EVERY = 24, 5
 
@@ -267,7 +270,42 @@ def test_a_loss_that_is_not_finite_names_the_checkpoint_that_was_still_being_wri
         write.Part.write, Engine.step = write_slowly, spoiled
 
     ((status, told),) = runs.cpt("train", config, before=spoil)
-    assert status == 1 and "The checkpoint at step 5 is whole; go on from it" in told.splitlines()[-1]
+    assert status == 1 and "The last checkpoint saved is that of step 5; go on from it" in told.splitlines()[-1]
+
+
+DAMAGED_LATEST = [b"", b"\xff\xfe", b"step-0000000x\n", b"step-00000004\n", b"../checkpoints\n"]
+
+
+@pytest.mark.parametrize("content", DAMAGED_LATEST)
+def test_a_latest_that_names_no_checkpoint_hides_no_message_and_the_way_on_is_to_look(tmp_path, content):
+    folder = RunFolder(tmp_path)
+    folder.checkpoint_at(5).mkdir(parents=True)
+    (folder.checkpoints / "latest").write_bytes(content)
+    way_on = Saving(Settings(), ALONE, folder, lambda state: None).way_on()
+    assert f"{folder.checkpoints}/latest names no checkpoint that is there" in way_on
+    assert f"cpt checkpoint verify {tmp_path}" in way_on and "in a child run with a lower learning rate" in way_on
+
+
+def test_a_save_that_fails_while_latest_is_damaged_is_told_and_the_next_one_mends_it(config, tmp_path):
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+
+    def before() -> None:
+        failing(10)()
+        from cpt.observe.journal import Journal
+
+        tell = Journal.step
+
+        def tell_and_damage(journal, record, num_tokens):
+            tell(journal, record, num_tokens)
+            if record["step"] == 9:
+                latest.write_bytes(b"\xff")
+
+        Journal.step = tell_and_damage
+
+    told = runs.trained(config, before=before)
+    (line,) = [line for line in told.splitlines() if "could not be written" in line]
+    assert line.endswith(f"of the checkpoints before, {latest} names no checkpoint that is there")
+    assert latest.read_text() == "step-00000024\n"
 
 
 class FullDisk:
