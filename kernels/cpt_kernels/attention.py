@@ -151,29 +151,44 @@ WHY_NOT: dict[str, Callable[[torch.device], str | None]] = attention_others.WHY_
 THROUGH_TRITON: tuple[Callable[..., Tensor], ...] = (triton_in_documents,)
 
 
-def face(device: torch.device) -> tuple[Callable[..., Tensor], str]:
-    """What serves on this device when nothing is asked for, and why."""
+def face(device: torch.device, fault_of_flash: str | None = None) -> tuple[Callable[..., Tensor], str]:
+    """What serves on this device when nothing is asked for, and why; without flash-attn if that has a fault."""
     if device.type == "cpu":
         return by_length, f"plain to {_LONGEST_FOR_PLAIN_ON_CPU} positions in bf16, else torch (each the faster there)"
     whole = "torch (scaled_dot_product_attention picks the fastest it has)"
     if device.type != "cuda":
         return fused, whole
-    if WHY_NOT["flash"](device) is None:
+    without_flash = fault_of_flash or WHY_NOT["flash"](device)
+    if without_flash is None:
         return flash_in_documents, f"flash within documents, {whole} without"
     reason = why_not(device)
     if reason is not None:
         return fused, f"{whole}; within documents through a mask, in the time of whole windows ({reason})"
-    return triton_in_documents, f"triton within documents (flash-attn is not installed), {whole} without"
+    return triton_in_documents, f"triton within documents ({without_flash}), {whole} without"
 
 
 def check(device: torch.device) -> str | None:
     """What is wrong with the Triton twin on this device, against `plain` on small random inputs; None if nothing is."""
+    return _fault_within_documents(triton, device)
+
+
+def check_flash(device: torch.device) -> str | None:
+    """The same of flash-attn, which may be built for another torch or another GPU."""
+    return _fault_within_documents(flash, device)
+
+
+PREFERRED: dict[Callable[..., Tensor], tuple[str, Callable[[torch.device], str | None]]] = {
+    flash_in_documents: ("flash-attn", check_flash)
+}
+
+
+def _fault_within_documents(serving: Callable[..., Tensor], device: torch.device) -> str | None:
     positions = _POSITIONS_OF_A_CHECK
     documents = Documents.from_starts(torch.arange(2 * positions).view(2, positions) % 131 == 0).to(device)
     for width in _WIDTHS_OF_A_CHECK:
         shapes = [(2, positions, 2, width), (2, positions, 1, width), (2, positions, 1, width)]
         fault = difference(
-            lambda q, k, v: triton(q, k, v, documents), lambda q, k, v: plain(q, k, v, documents),
+            lambda q, k, v: serving(q, k, v, documents), lambda q, k, v: plain(q, k, v, documents),
             shapes, torch.bfloat16, device,
         )  # fmt: skip
         if fault:

@@ -8,8 +8,11 @@ for. A new twin is a new entry there; nothing changes here. It may hold, too,
     WHY_NOT          twin -> function of a device: a few words if something keeps the twin from serving there
     check(device)    a few words if the Triton twin is not what `plain` is on small inputs, on that very device
     THROUGH_TRITON   functions that `face` gives and that are Triton's for some inputs only
+    PREFERRED        functions that `face` gives and that are another library's -> its name, and a check of its own;
+                     where that fails, `face(device, fault)` says what is next
 
-What goes through Triton serves unasked only where its check has passed: no list of GPUs is as good as a try.
+What goes through Triton, or through a library that torch does not come with, serves unasked only where its check has
+passed: no list of GPUs or versions is as good as a try.
 """
 
 from __future__ import annotations
@@ -111,7 +114,8 @@ class Kernels:
 def choose(settings: Settings, device: torch.device) -> Kernels:
     """The functions that serve on `device`. Raises ValueError with a line for each twin that cannot.
 
-    On a GPU Triton's twins are compiled and tried here, which takes seconds the first time on a machine.
+    On a GPU Triton's twins are compiled and tried here, and flash-attn is tried; the first time on a machine it takes
+    seconds.
     """
     faults = settings.faults() or settings.faults_on(device)
     if faults:
@@ -133,23 +137,30 @@ def _why_not(file: ModuleType, twin: str, device: torch.device) -> str | None:
 
 
 def _best(operation: str, file: ModuleType, device: torch.device) -> tuple[Callable, str]:
-    """What the file says, if that does not go through Triton or if Triton's twin does here what it should."""
+    """What the file says, if that is torch's or if it does here what it should; else what is next."""
     serving, told = file.face(device)
+    library, check = getattr(file, "PREFERRED", {}).get(serving, (None, None))
+    if library is not None:
+        fault = _fault(check, device)
+        if fault is None:
+            return serving, told
+        _log.warning("kernels.%s: %s is not used, it failed its check on %s: %s", operation, library, device, fault)
+        serving, told = file.face(device, f"{library} failed its check here: {fault}")
     if serving not in (file.TWINS.get("triton"), *getattr(file, "THROUGH_TRITON", ())):
         return serving, told
     name = "torch" if "torch" in file.TWINS else "plain"
     if language.IS_INTERPRETED:
         return file.TWINS[name], f"{name} (Triton is interpreted, which is for tests)"
-    fault = _fault(file, device)
+    fault = _fault(file.check, device)
     if fault is None:
         return serving, told
     _log.warning("kernels.%s: Triton's twin is not used, it failed its check on %s: %s", operation, device, fault)
     return file.TWINS[name], f"{name} (Triton's twin failed its check here: {fault})"
 
 
-def _fault(file: ModuleType, device: torch.device) -> str | None:
+def _fault(check: Callable[[torch.device], str | None], device: torch.device) -> str | None:
     try:
-        return file.check(device)
+        return check(device)
     except Exception as error:  # whatever a compiler or a driver raises; it is told on
         reason = str(error).strip().splitlines() or ["no reason given"]
         return f"{type(error).__name__}: {reason[0]}"

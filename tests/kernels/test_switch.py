@@ -130,6 +130,61 @@ def test_on_a_gpu_what_fails_its_check_is_replaced_and_warned_of(hopper, way, mo
     assert kernels.told["attention"] == f"torch (Triton's twin failed its check here: {told})"
 
 
+def _raises(*inputs):
+    raise ImportError("undefined symbol: _ZN3c10\nand a long trace")
+
+
+FLASHES = {"raises": _raises, "wrong": lambda *inputs: 1.1 * attention.plain(*inputs), "right": attention.plain}
+TOLD_OF_FLASHES = {
+    "raises": "ImportError: undefined symbol: _ZN3c10",
+    "wrong": "output in bfloat16 is off by 1.0e-01 of its largest entry, in heads of 64 entries",
+}
+
+
+@pytest.fixture(params=FLASHES)
+def flash(hopper, request, monkeypatch):
+    """As if flash-attn were installed, to be tried on a CPU: that which raises, that which is wrong, the right one."""
+    tried = attention.PREFERRED[attention.flash_in_documents][1]
+    monkeypatch.setattr(attention, "flash", FLASHES[request.param])
+    monkeypatch.setitem(attention.WHY_NOT, "flash", lambda device: None)
+    monkeypatch.setitem(attention.PREFERRED, attention.flash_in_documents, ("flash-attn", lambda device: tried(CPU)))
+    return request.param
+
+
+def test_flash_attn_serves_unasked_only_if_it_passes_its_check(flash, caplog):
+    with caplog.at_level(logging.WARNING):
+        kernels = choose(Settings(), CUDA)
+    warned = [record.getMessage() for record in caplog.records]
+    if flash == "right":
+        assert kernels.attention is attention.flash_in_documents and warned == []
+        assert kernels.told["attention"].startswith("flash within documents, torch")
+        return
+    fault = TOLD_OF_FLASHES[flash]
+    assert kernels.attention is attention.triton_in_documents
+    assert warned == [f"kernels.attention: flash-attn is not used, it failed its check on cuda: {fault}"]
+    assert kernels.told["attention"].startswith(
+        f"triton within documents (flash-attn failed its check here: {fault}), torch"
+    )
+
+
+@pytest.mark.parametrize("flash", ["raises", "wrong"], indirect=True)
+@pytest.mark.parametrize("why", ["it fails its check", "it cannot run"])
+def test_where_neither_flash_attn_nor_triton_will_do_torch_serves(flash, why, monkeypatch, caplog):
+    if why == "it cannot run":
+        monkeypatch.setattr(language, "triton", None)
+    monkeypatch.setattr(attention, "check", lambda device: "output is off")
+    with caplog.at_level(logging.WARNING):
+        kernels = choose(Settings(), CUDA)
+    warned = [record.getMessage() for record in caplog.records]
+    assert kernels.attention is attention.fused
+    assert warned[0].endswith(f"flash-attn is not used, it failed its check on cuda: {TOLD_OF_FLASHES[flash]}")
+    if why == "it cannot run":
+        assert len(warned) == 1 and "(Triton is not installed)" in kernels.told["attention"]
+    else:
+        assert warned[1].endswith("Triton's twin is not used, it failed its check on cuda: output is off")
+        assert kernels.told["attention"] == "torch (Triton's twin failed its check here: output is off)"
+
+
 def test_a_twin_that_is_asked_for_is_not_checked(hopper, monkeypatch):
     monkeypatch.setattr(rotary, "check", None)
     assert choose(Settings(rotary="triton"), CUDA).rotary is rotary.triton
