@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from cpt.checkpoint.write import Content, Part, aside_of, join_parts, make_anew
+from cpt.checkpoint.write import Content, Part, aside_of, join_parts, make_anew, make_lasting
 from cpt.parallel.mesh import Mesh
 from cpt.tensor_writer import fill, memory_for
 
@@ -157,6 +157,7 @@ class Saver:
     def _join(self, pending: _Pending) -> None:
         join_parts(aside_of(pending.folder), pending.folder, pending.state, self._mesh.size)
         try:
+            make_lasting(pending.folder)
             pending.then()
         except Exception as error:  # whatever it is, the checkpoint is there
             raise _NotSettledError from error
@@ -199,13 +200,15 @@ class Saver:
 def write_checkpoint(folder: Path, content: Content, mesh: Mesh) -> None:
     """Write the checkpoint `folder` while all ranks wait; every rank must call it with its own pieces.
 
-    The folder appears by one rename when everything is on the disk; a folder of
-    that name from before is replaced. Raises OSError on every rank if a disk does not take it; then nothing appeared.
+    The folder appears by one rename when everything is on the disk; a folder of that name from before is replaced.
+    Raises OSError on every rank if a disk does not take it; then nothing appeared, or the message says that it may not
+    outlast a power cut.
     """
     with Saver(mesh) as saver:
         ended = saver.begin(folder, content, copies=False) or saver.wait()
     if ended.failure:
-        raise OSError(f"{folder} could not be written: {ended.failure}")
+        told = "is written, but may not outlast a power cut" if ended.is_there else "could not be written"
+        raise OSError(f"{folder} {told}: {ended.failure}")
 
 
 def _told(error: BaseException) -> str:

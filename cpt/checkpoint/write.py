@@ -125,7 +125,7 @@ def write_first(
     `fill(path, keys, observe)` writes the file of pieces: the whole of each parameter, flattened, under the name
     `keys[name]`. It may do so in a type that holds the fp32 masters exactly. It calls `observe` with the file's bytes
     in their order.
-    Raises OSError if the disk does not take it; then nothing appeared.
+    Raises OSError if the disk does not take it.
     """
     aside, file = aside_of(folder), _file(0)
     keys = {name: f"master|{name}|0" for name in shapes}
@@ -138,6 +138,7 @@ def write_first(
         fill(aside / file, keys, digest.update)
         _write_part_of_index(aside, 0, entries, digest.hexdigest())
         join_parts(aside, folder, state, 1)
+        make_lasting(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -160,7 +161,10 @@ def make_anew(aside: Path, num_bytes: int = 0) -> None:
 
 
 def join_parts(aside: Path, folder: Path, state: Mapping[str, Any], num_parts: int) -> None:
-    """Make one checkpoint of what `num_parts` ranks have written into `aside`, and let it appear as `folder`."""
+    """Make one checkpoint of what `num_parts` ranks have written into `aside`, and let it appear as `folder`.
+
+    Raises OSError if the disk does not take it; then nothing appeared.
+    """
     index: dict[str, Any] = {"format_version": FORMAT_VERSION, "tensors": {}}
     sums = {}
     for rank in range(num_parts):
@@ -184,15 +188,23 @@ def join_parts(aside: Path, folder: Path, state: Mapping[str, Any], num_parts: i
         _to_disk(aside / name)
     _to_disk(aside)
     _put_in_place(aside, folder)
+
+
+def make_lasting(folder: Path) -> None:
+    """Let the checkpoint that has just appeared outlast a power cut, and one that had its name go.
+
+    Raises OSError if the disk refuses; the checkpoint is there all the same.
+    """
     _to_disk(folder.parent)
+    shutil.rmtree(_old_of(folder), ignore_errors=True)
 
 
 def _put_in_place(aside: Path, folder: Path) -> None:
-    """Rename `aside` to `folder`; one that is there goes afterwards, because it may be the newest whole one.
+    """Rename `aside` to `folder`, and before that one that is there, because it may be the newest whole one.
 
     Killed between the two renames, neither has the name: `give_names_back` is for that.
     """
-    old = aside.with_name(f".{folder.name}{_OLD}")
+    old = _old_of(folder)
     if folder.exists():
         folder.replace(old)
     try:
@@ -201,7 +213,10 @@ def _put_in_place(aside: Path, folder: Path) -> None:
         if old.exists():
             old.replace(folder)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _old_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}{_OLD}")
 
 
 def give_names_back(checkpoints: Path) -> None:
@@ -259,5 +274,7 @@ def _to_disk(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:  # which names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(handle)

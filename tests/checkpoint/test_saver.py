@@ -256,6 +256,34 @@ def test_what_fails_after_it_has_appeared_is_told_apart_on_all_ranks(tmp_path, e
     assert_holds(tmp_path / "step-1", 2, 1)
 
 
+def test_one_whose_name_is_perhaps_not_on_the_disk_yet_is_there_and_what_follows_is_left_to_the_next(
+    tmp_path, monkeypatch
+):
+    """The disk fails when the folder around it is to be written, which holds the new name."""
+
+    def work(mesh):
+        really, told = os.fsync, []
+
+        def fail(handle):
+            if Path(f"/proc/self/fd/{handle}").readlink() == tmp_path:
+                raise OSError(errno.EIO, "Input/output error")
+            really(handle)
+
+        with Saver(mesh) as saver:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fsync", fail)
+                saver.begin(tmp_path / "step-1", content(mesh, 1), lambda: told.append(1), copies=True)
+                ended = saver.wait()
+            saver.begin(tmp_path / "step-2", content(mesh, 2), lambda: told.append(2), copies=True)
+            assert saver.wait().failure is None
+            return ended.is_there, ended.failure, told
+
+    of_ranks = on_ranks(2, work, seconds=40)
+    failure = f"rank 0: {tmp_path}: Input/output error"
+    assert of_ranks == [(True, failure, [2]), (True, failure, [])]
+    assert_holds(tmp_path / "step-1", 2, 1)
+
+
 def test_one_of_the_same_name_goes_only_when_the_new_one_is_in_its_place(tmp_path, monkeypatch):
     def work(mesh):
         really = Path.replace

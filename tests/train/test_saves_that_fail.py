@@ -144,6 +144,27 @@ def test_a_checkpoint_that_stands_but_is_not_settled_is_told_as_such(config, tmp
     assert find_checkpoint(run / "checkpoints").state["progress"]["step"] == 24
 
 
+def test_one_whose_name_is_perhaps_not_on_the_disk_yet_is_told_as_there(config, tmp_path):
+    run = tmp_path / "run"
+
+    def before() -> None:
+        really, left = os.fsync, [1]
+
+        def fsync(handle):
+            is_around = Path(f"/proc/self/fd/{handle}").readlink() == run / "checkpoints"
+            if is_around and left[0] and (run / "checkpoints" / "step-00000010").exists():
+                left[0] -= 1
+                raise OSError(errno.EIO, "Input/output error")
+            really(handle)
+
+        os.fsync = fsync
+
+    told = runs.trained(config, before=before)
+    assert f"step-00000010 is written, but latest, older checkpoints or ledger.json are not: rank 0: {run}/" in told
+    assert "could not be written" not in told
+    assert find_checkpoint(run / "checkpoints", 10).state["progress"]["step"] == 10
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_between_the_renames_of_a_step_that_is_saved_again_the_run_goes_on_from_that_step(
     config, tmp_path, ranks
