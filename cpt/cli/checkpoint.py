@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from cpt.run.reading import stages_trained
 
 EXAMPLE = "cpt checkpoint verify runs/quickstart/replay"
 
+_NAMED = re.compile(r"step-(\d+)")  # also one that was put by, or renamed by a person
 _KEPT = {keep.TEMPORARY: "temporary", keep.FOR_EVER: "for ever", keep.UNREAD: "unread", None: "among last"}
 
 
@@ -86,7 +88,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _summary(folder: Path, stages: list[str]) -> dict[str, Any]:
     """What a checkpoint holds, or what is wrong with it as far as a look at it shows."""
-    step = int(folder.name.removeprefix("step-"))
+    step = int(_NAMED.match(folder.name)[1])
     try:
         checkpoint = Checkpoint(folder, check=False)
     except Fault as fault:
@@ -147,7 +149,7 @@ def _prune(arguments: argparse.Namespace) -> int:
 
 def _found(path: Path) -> tuple[Path, list[Path]]:
     """(the run folder, its checkpoints or the one that was named). Raises Fault if there is none."""
-    if path.name.startswith("step-") and path.is_dir():
+    if _NAMED.match(path.name) and path.is_dir():
         return path.absolute().parents[1], [path]
     folders = checkpoint_folders(path / "checkpoints")
     if not folders:

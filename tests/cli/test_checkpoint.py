@@ -90,6 +90,16 @@ NAMES = [
 ]
 
 
+def test_one_that_was_put_by_can_be_looked_at_and_a_folder_of_another_name_is_no_checkpoint(run, capsys):
+    folder = step_folder(run / "checkpoints", steps_in(run)[-1])
+    put_by = folder.rename(folder.with_name(f"{folder.name}-unread"))
+    assert cli.main(["checkpoint", "inspect", str(put_by)]) == 0
+    assert cli.main(["checkpoint", "verify", str(put_by)]) == 0
+    other = put_by.rename(put_by.with_name("step-mine"))
+    assert cli.main(["checkpoint", "inspect", str(other)]) == 2
+    assert "step-mine: no checkpoint is here" in capsys.readouterr().err
+
+
 def rename_in(path: Path, name: str) -> None:
     """One byte of a file: the first letter of the first of these names becomes an x."""
     text = path.read_text()
