@@ -100,6 +100,18 @@ def test_what_is_not_turned_keeps_its_bits_and_inputs_are_left_alone(device):
         assert not torch.equal(got[:, 1:, :, :6], vectors[:, 1:, :, :6])
 
 
+@every_place
+def test_the_same_input_gives_the_same_bits(device, windows, positions, heads, groups, width, turned):
+    angles, results = angles_of(positions, turned, device), []
+    inputs = [random(windows, positions, number, width, seed=seed) for seed, number in enumerate((heads, groups))]
+    for _ in range(2):
+        vectors = [x.bfloat16().to(device).requires_grad_() for x in inputs]
+        turns = rotary.triton(*vectors, angles)
+        upstream = [random(*x.shape, seed=9, dtype=torch.bfloat16).to(device) for x in turns]
+        results.append([*turns, *torch.autograd.grad(turns, vectors, upstream)])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*results, strict=True))
+
+
 @on_each
 def test_a_gradient_of_keys_alone(device):
     queries, keys = (random(1, 3, 2, 4, seed=seed, dtype=torch.float32).to(device).requires_grad_() for seed in (1, 2))
