@@ -52,8 +52,8 @@ def no_memory_in_a_step() -> None:
     ("short", "when"),
     [
         (1, no_memory_while_the_model_is_made),
-        (1, no_memory_while_the_engine_is_built),
-        (0, no_memory_while_it_is_filled),
+        pytest.param(1, no_memory_while_the_engine_is_built, marks=pytest.mark.long),
+        pytest.param(0, no_memory_while_it_is_filled, marks=pytest.mark.long),
         (1, no_memory_in_a_step),
         (0, no_memory_in_a_step),
     ],
