@@ -139,15 +139,21 @@ def test_so_they_are_in_other_combinations(more_trained, case):
     assert_equal_and_compiled_once(*more_trained[case], case[3], case[6])
 
 
+def skip_without_inductor() -> None:
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        pytest.skip("inductor needs a C++ compiler")
+    if " " in torch.__file__:
+        pytest.skip("inductor quotes no path to torch that has a space")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("zero", "mode", "precision"), [(1, "none", "fp32"), (2, "selective", "bf16"), (3, "full", "fp32")]
 )
 def test_inductor_trains_within_a_tolerance(zero, mode, precision):
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        pytest.skip("inductor needs a C++ compiler")
+    skip_without_inductor()
     case = ("llama", 1, (), zero, precision, mode, False)
     ((plain, compiled),) = on_ranks(1, lambda mesh: both(mesh, case, Settings(True)), seconds=400)
     assert compiled["graphs"] >= 2
@@ -178,10 +184,7 @@ def train_and_look(mesh, compiling: Settings, shares_norms: bool) -> list:
 @pytest.mark.long
 @pytest.mark.parametrize("shares_norms", [False, True])
 def test_sums_go_on_while_gradients_of_weights_are_computed_and_change_no_bit(shares_norms):
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        pytest.skip("inductor needs a C++ compiler")
+    skip_without_inductor()
 
     def work(mesh):
         return [train_and_look(mesh, Settings(True, overlaps_sums=way), shares_norms) for way in (False, True)]
@@ -232,6 +235,16 @@ def test_a_backend_that_does_not_work_here_is_refused_before_anything_is_built(m
         "torch._inductor.config.cpp.cxx: (None, 'g++')); leave compile out, or install what it needs: inductor "
         "compiles C++ on a CPU, and Triton's kernels on a GPU"
     ]
+
+
+def test_a_path_that_inductor_does_not_quote_is_told(monkeypatch):
+    def broken(function, backend):
+        raise RuntimeError("C++ compile error")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch, "__file__", "/a folder/torch/__init__.py")
+    with pytest.raises(Fault, match=r"C\+\+ compile error; torch lies in '/a folder/torch', and a space in that path"):
+        refuse_broken(Settings(True), torch.device("cpu"))
 
 
 def test_a_backend_that_there_is_not_is_told_with_the_nearest():

@@ -6,6 +6,7 @@ Forward functions and kernels are exchanged in place, so that no parameter chang
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -60,8 +61,12 @@ def refuse_broken(settings: Settings, device: torch.device) -> None:
         torch.compile(lambda numbers: numbers + 1, **settings.words)(torch.ones(3, device=device))
     except Exception as error:  # whatever a backend raises; it is told on
         reason = str(error).strip().splitlines() or [type(error).__name__]
+        folder = os.path.dirname(torch.__file__)
+        space = (
+            f"; torch lies in '{folder}', and a space in that path is not quoted by inductor" if " " in folder else ""
+        )
         raise Fault(
-            f"compile.backend = {settings.backend}: it does not work on this machine ({reason[0]}); leave compile out, "
+            f"compile.backend = {settings.backend}: it does not work on this machine ({reason[0]}{space}); leave compile out, "
             "or install what it needs: inductor compiles C++ on a CPU, and Triton's kernels on a GPU"
         ) from error
 
