@@ -64,8 +64,8 @@ def refuse_broken(settings: Settings, device: torch.device) -> None:
         folder = os.path.dirname(torch.__file__)
         space = f"; torch lies in '{folder}', and a space in that path is not quoted" if " " in folder else ""
         raise Fault(
-            f"compile.backend = {settings.backend}: it does not work on this machine ({reason[0]}{space}); leave compile "
-            "out, or install what it needs: inductor compiles C++ on a CPU, and Triton's kernels on a GPU"
+            f"compile.backend = {settings.backend}: it does not work on this machine ({reason[0]}{space}); leave "
+            "compile out, or install what it needs: inductor compiles C++ on a CPU, and Triton's kernels on a GPU"
         ) from error
 
 
